@@ -1,0 +1,158 @@
+"""`attention`: the whole truth about what is attended, and the one place where kernels get their derivative."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flashcore_jax import implementations
+from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query
+from flashcore_jax.errors import Unsupported
+from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, problem_of
+
+
+def attention(
+    query: Query,
+    key: Key,
+    value: Key,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    query_seq_lengths: Lengths | None = None,
+    key_value_seq_lengths: Lengths | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    precision=None,
+    split_size: int | None = DEFAULT_SPLIT_SIZE,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Output | tuple[Output, LogSumExp]:
+    """Softmax attention with grouped key/value heads, causal masks, windows and lengths per row.
+
+        out_i = sum_j softmax_j(logit_ij) value_j,   logit_ij = scale * query_i . key_j,   over the keys j that i sees
+
+    Query i of a row with q_len valid queries and kv_len valid keys stands at position `p = kv_len - q_len + i`: the last
+    query stands on the last key. It sees key j iff `j < kv_len`, and `j <= p` if causal, and `p - left <= j <= p + right`
+    with a window. `jax.nn.dot_product_attention` aligns the first query with the first key instead (T = 2, S = 4):
+
+        flashcore_jax    j 0 1 2 3         jax.nn    j 0 1 2 3
+                     i 0   # # # .               i 0   # . . .
+                       1   # # # #                 1   # # . .
+
+    The two agree where T = S and no lengths are given; at T = 1 jax.nn's causal query sees key 0 only.
+
+    Args:
+      query: [B, T, N, H], float16, bfloat16 or float32.
+      key: [B, S, K, H], of query's dtype; K divides N, and key/value head k serves query heads k*N//K to (k+1)*N//K - 1.
+      value: [B, S, K, Hv], of query's dtype. H and Hv are multiples of 8 from 8 to 256.
+      is_causal: hide keys behind the query's position.
+      scale: factor of the products, a Python number; default 1/sqrt(H).
+      query_seq_lengths: int32[B], the valid queries of each row, the first ones; clamped to [0, T]; default T.
+      key_value_seq_lengths: int32[B], the valid keys of each row, the first ones; clamped to [0, S]; default S. What lies
+        beyond the lengths, NaN and Inf included, changes nothing in the output or in any gradient.
+      local_window_size: keys seen beside the query's own position: an int for both sides, or (left, right).
+      logits_soft_cap: cap in `cap * tanh(logit / cap)`, applied to the scaled logits.
+      precision: of float32 inputs' products: None for float32-level accuracy, or a `jax.lax.Precision` or float32
+        `DotAlgorithmPreset` to trade it. 16-bit inputs are multiplied exactly and accumulated in float32 in any case.
+      split_size: keys per partial sum, a multiple of 128. It fixes the order of additions, and with it the bits, whatever
+        the batch, the padding and the length. None lets each implementation choose: fastest, not exact across calls.
+      implementation: "triton" (Pallas kernels for NVIDIA GPUs of compute capability 8.0 or newer), "xla" (plain JAX, any
+        platform), or None for the best that runs this call here. A named one runs or raises, and never changes the
+        meaning. "triton" without a GPU runs in Pallas's interpreter: slow, with an `InterpretWarning`.
+      return_lse: return the log-sum-exp too.
+
+    Returns:
+      out [B, T, N, Hv] in query's dtype, or (out, lse) with lse float32[B, T, N], the natural log of each query's sum of
+      exponentials, differentiable. A query that sees no key, or lies beyond its row's length, has out 0, lse -inf, and
+      gradients 0.
+
+    Raises:
+      ArgumentError: (a ValueError) shapes, dtypes or options that do not fit, when traced.
+      Unsupported: (a NotImplementedError) the named implementation cannot run this call, or its derivative: "triton" has
+        first-order reverse mode, "xla" has every mode and order.
+
+    Example:
+      >>> out = attention(query, key, value, is_causal=True)
+    """
+    problem = problem_of(
+        query, key, value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap,
+        precision=precision, split_size=split_size,
+    )  # fmt: skip
+    name = implementations.choose(implementation, problem)
+    lengths = _lengths(query_seq_lengths, key_value_seq_lengths, problem)
+    run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
+    out, lse = run(query, key, value, lengths, problem)
+    return (out, lse.swapaxes(1, 2)) if return_lse else out
+
+
+def explain(query, key, value, *, implementation: str | None = None, return_lse: bool = False, **options) -> implementations.Explanation:
+    """Tells which implementation a call `attention(query, key, value, **options)` takes here, and why not the others.
+
+    The arrays may be `jax.ShapeDtypeStruct`s; nothing is computed. Raises what `attention` raises.
+    """
+    problem = problem_of(query, key, value, **options)
+    explanation = implementations.explain(problem)
+    if implementation is None:
+        return explanation
+    return implementations.Explanation(implementations.choose(implementation, problem), explanation.reasons)
+
+
+def _lengths(query_length, key_length, problem: Problem):
+    """Both lengths as int32[B] where either is given, else ()."""
+    if not problem.ragged:
+        return ()
+    filled = (jnp.full(problem.B, full, jnp.int32) if given is None else given for given, full in ((query_length, problem.T), (key_length, problem.S)))
+    return tuple(jnp.asarray(x).astype(jnp.int32) for x in filled)
+
+
+def _attend_with_kernels(name: str, query, key, value, lengths, problem: Problem):
+    try:
+        return _attend(query, key, value, lengths, problem, name)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise _no_such_derivative(name, "forward-mode differentiation (jax.jvp, jax.linearize, jax.jacfwd)") from error
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(query, key, value, lengths, problem: Problem, name: str):
+    return _forward((query, key, value, lengths), problem, name)
+
+
+def _attend_fwd(query, key, value, lengths, problem: Problem, name: str):
+    out, lse = _forward((query, key, value, lengths), problem, name)
+    out, lse = checkpoint_name(out, RESIDUAL_NAMES[0]), checkpoint_name(lse, RESIDUAL_NAMES[1])
+    return (out, lse), (query, key, value, lengths, out, lse)
+
+
+def _attend_bwd(problem: Problem, name: str, residuals, cotangents):
+    query, key, value, lengths, out, lse = residuals
+    return *_backward((query, key, value, lengths, out, lse, *cotangents), problem, name), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _no_such_derivative(name: str, what: str) -> Unsupported:
+    return Unsupported(f'implementation="{name}" has no {what}: its derivative is a kernel; pass implementation="xla", which has every mode and order')
+
+
+def _kernel_step(step: str):
+    """One step of a kernel implementation, jitted; differentiating the kernels themselves says what to use instead."""
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def run(arrays, problem, name):
+        return getattr(implementations.module(name), step)(*arrays, problem)
+
+    @run.defjvp
+    def refuse(problem, name, primals, tangents):
+        raise _no_such_derivative(name, "second-order derivative")
+
+    return run
+
+
+_forward = _kernel_step("forward")
+_backward = _kernel_step("backward")

@@ -1,0 +1,155 @@
+"""Attention backward: two kernels, no atomics, so the same call always gives the same bits.
+
+Both recompute the probabilities from the log-sum-exp. `dkdv` holds a tile of keys and walks over the queries that see
+it, of every head of the group, so the group is summed in its float32 accumulators; `dq` holds a tile of queries and walks
+over the keys. Blocks that no bound cuts go without masks; blocks without a visible pair are never visited.
+
+    p = exp2(scores * log2_scale - lse),   ds = p * (dout @ value - delta),   delta = rowsum(dout * out) - dlse
+    dvalue = p^T @ dout,   dkey = scale * ds^T @ query,   dquery = scale * ds @ key
+
+Source: Dao, "FlashAttention-2" (2023), algorithm 2, in two passes.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from flashcore_jax.kernels.triton.blocks import Programs, columns_of, padded, round_up, row_lengths
+from flashcore_jax.kernels.triton.launch import dot, launch, load, store
+from flashcore_jax.logits import scores_of, times_slope
+from flashcore_jax.masks import sees_any, visible, visible_blocks
+from flashcore_jax.online_softmax import LOG2_E
+from flashcore_jax.problem import Problem
+from flashcore_jax.tuning.tiles import Tile, Tiles
+
+
+def _walk(blocks, visit, carry):
+    """Visits a tile's blocks in order: those cut by the first bound, those without a mask, those cut by the last."""
+    carry = lax.fori_loop(blocks.start, blocks.unmasked_start, functools.partial(visit, masked=True), carry)
+    carry = lax.fori_loop(blocks.unmasked_start, blocks.unmasked_stop, functools.partial(visit, masked=False), carry)
+    return lax.fori_loop(blocks.unmasked_stop, blocks.stop, functools.partial(visit, masked=True), carry)
+
+
+def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
+    *length_refs, dk_ref, dv_ref = refs
+    block_q, block_k = tile.block_q, tile.block_k
+    query_length, key_length = row_lengths(length_refs, problem)
+    _, key_tile, _ = programs.split(pl.program_id(0))
+    first_key = key_tile * block_k
+    keys = first_key + lax.iota(jnp.int32, block_k)
+    is_key = keys < key_length
+    in_h, in_hv = columns_of(problem.H), columns_of(problem.Hv)
+    every_key_exists = not problem.ragged and problem.S % block_k == 0
+    k = load(k_ref, rows=None if every_key_exists else is_key, columns=in_h)
+    v = load(v_ref, rows=None if every_key_exists else is_key, columns=in_hv)
+
+    # Scores stand transposed, [keys, queries], so that p and ds are the left operands of their products as they are.
+    def visit(group_head, block, carry, masked):
+        dk, dv = carry
+        queries = block * block_q + lax.iota(jnp.int32, block_q)
+        # A row that sees nothing has no log-sum-exp, and whatever its cotangent holds must not count.
+        is_row = sees_any(queries, query_length, key_length, problem.band) if masked else None
+        at_block = (pl.ds(block * block_q, block_q), group_head, slice(None))
+        q = load(q_ref, at_block, rows=is_row, columns=in_h)
+        scores, log2_scale = scores_of(dot(k, q, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
+        lse = load(lse_ref, (group_head, pl.ds(block * block_q, block_q)), rows=is_row) * LOG2_E
+        p = jnp.exp2(scores * log2_scale - lse[None, :])
+        if masked:
+            seen = visible(queries[None, :], keys[:, None], query_length, key_length, problem.band)
+            p = jnp.where(seen, p, 0.0)
+        dout = load(dout_ref, at_block, rows=is_row, columns=in_hv)
+        dv += dot(p.astype(dout.dtype), dout, problem.precision)
+        dp = dot(v, dout, problem.precision, contract=(1, 1))
+        delta = load(delta_ref, (group_head, pl.ds(block * block_q, block_q)), rows=is_row)
+        ds = times_slope(p * (dp - delta[None, :]), scores, problem.logits_soft_cap)
+        dk += dot(ds.astype(q.dtype), q, problem.precision)
+        return dk, dv
+
+    blocks = visible_blocks(first_key, block_k, key_length, query_length, problem.band.transposed, block_q)
+    zeros = jnp.zeros((block_k, padded(problem.H)), jnp.float32), jnp.zeros((block_k, padded(problem.Hv)), jnp.float32)
+    dk, dv = lax.fori_loop(0, problem.G, lambda g, carry: _walk(blocks, functools.partial(visit, g), carry), zeros)
+    if not every_key_exists:
+        dk, dv = jnp.where(is_key[:, None], dk, 0.0), jnp.where(is_key[:, None], dv, 0.0)
+    in_s = None if problem.S % block_k == 0 else keys < problem.S
+    store(dk_ref, dk * problem.scale, rows=in_s, columns=in_h)
+    store(dv_ref, dv, rows=in_s, columns=in_hv)
+
+
+def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
+    *length_refs, dq_ref = refs
+    block_q, block_k = tile.block_q, tile.block_k
+    query_length, key_length = row_lengths(length_refs, problem)
+    _, query_tile, _ = programs.split(pl.program_id(0))
+    first_query = query_tile * block_q
+    queries = first_query + lax.iota(jnp.int32, block_q)
+    in_h, in_hv = columns_of(problem.H), columns_of(problem.Hv)
+    is_row = sees_any(queries, query_length, key_length, problem.band)
+    q = load(q_ref, rows=is_row, columns=in_h)
+    dout = load(dout_ref, rows=is_row, columns=in_hv)
+    lse = load(lse_ref, rows=is_row) * LOG2_E
+    delta = load(delta_ref, rows=is_row)
+
+    def visit(block, dq, masked):
+        keys = block * block_k + lax.iota(jnp.int32, block_k)
+        is_key = keys < key_length if masked else None
+        at_block = (pl.ds(block * block_k, block_k), slice(None))
+        k = load(k_ref, at_block, rows=is_key, columns=in_h)
+        scores, log2_scale = scores_of(dot(q, k, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
+        p = jnp.exp2(scores * log2_scale - lse[:, None])
+        if masked:
+            seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
+            p = jnp.where(seen, p, 0.0)
+        v = load(v_ref, at_block, rows=is_key, columns=in_hv)
+        dp = dot(dout, v, problem.precision, contract=(1, 1))
+        ds = times_slope(p * (dp - delta[:, None]), scores, problem.logits_soft_cap)
+        return dq + dot(ds.astype(k.dtype), k, problem.precision)
+
+    blocks = visible_blocks(first_query, block_q, query_length, key_length, problem.band, block_k)
+    dq = _walk(blocks, visit, jnp.zeros((block_q, padded(problem.H)), jnp.float32))
+    in_t = None if problem.T % block_q == 0 else queries < problem.T
+    store(dq_ref, jnp.where(is_row[:, None], dq * problem.scale, 0.0), rows=in_t, columns=in_h)
+
+
+def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem, tiles: Tiles):
+    """The gradients of query, key and value. lse float32[B, N, T]; dlse float32[B, N, T] or None."""
+    p = problem
+    delta = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
+    delta = delta if dlse is None else delta - dlse
+    operands = (query, key, value, dout, lse, delta, *lengths)
+
+    tile = tiles.dkdv
+    programs = Programs(p.B, p.K, pl.cdiv(p.S, tile.block_k), tile.heads_fastest, last_tile_first=p.band.left is not None and p.band.right is None)
+    T = round_up(p.T, tile.block_q)
+    group = [programs.spec((None, T, p.G, padded(size)), lambda b, s, k: (b, 0, k, 0)) for size in (p.H, p.Hv)]
+    own = [programs.spec((None, tile.block_k, None, padded(size)), lambda b, s, k: (b, s, k, 0)) for size in (p.H, p.Hv)]
+    statistic = programs.spec((None, p.G, T), lambda b, s, k: (b, k, 0))
+    dk, dv = launch(
+        functools.partial(_dkdv_kernel, problem=p, tile=tile, programs=programs),
+        *operands,
+        name="flashcore_dkdv",
+        grid=programs.grid,
+        in_specs=[group[0], *own, group[1], statistic, statistic, *[programs.row_spec] * len(lengths)],
+        out_specs=own,
+        out_shape=[(key.shape, key.dtype), (value.shape, value.dtype)],
+        tile=tile,
+    )
+
+    tile = tiles.dq
+    programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
+    S = round_up(p.S, tile.block_k)
+    own = [programs.spec((None, tile.block_q, None, padded(size)), lambda b, t, n: (b, t, n, 0)) for size in (p.H, p.Hv)]
+    group = [programs.spec((None, S, None, padded(size)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)) for size in (p.H, p.Hv)]
+    statistic = programs.spec((None, None, tile.block_q), lambda b, t, n: (b, n, t))
+    (dq,) = launch(
+        functools.partial(_dq_kernel, problem=p, tile=tile, programs=programs),
+        *operands,
+        name="flashcore_dq",
+        grid=programs.grid,
+        in_specs=[own[0], *group, own[1], statistic, statistic, *[programs.row_spec] * len(lengths)],
+        out_specs=[own[0]],
+        out_shape=[(query.shape, query.dtype)],
+        tile=tile,
+    )
+    return dq, dk, dv

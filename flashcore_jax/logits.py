@@ -1,0 +1,27 @@
+"""From query-key products to logits: the scale and the soft cap, and their slope.
+
+    logit = scale * product                                 without a soft cap
+    logit = cap * tanh(scale * product / cap)               with one
+
+Kernels keep `scores`, which times the static `log2_scale > 0` are the logits in log2 units, so that the factor can be
+folded into the multiply-add before exp2.
+"""
+
+import jax.numpy as jnp
+
+from flashcore_jax.online_softmax import LOG2_E
+
+
+def scores_of(products, scale: float, logits_soft_cap: float | None):
+    """The float32 scores of float32 products of any shape, and log2_scale."""
+    if logits_soft_cap is not None:
+        return jnp.tanh(products * (scale / logits_soft_cap)), logits_soft_cap * LOG2_E
+    if scale > 0:
+        return products, scale * LOG2_E
+    # A negative (or zero) factor after the maximum would turn maxima into minima.
+    return products * (-1.0 if scale < 0 else 0.0), (abs(scale) or 1.0) * LOG2_E
+
+
+def times_slope(gradient, scores, logits_soft_cap: float | None):
+    """The gradient of the logits carried back to the products, less the factor `scale`, which the caller applies once."""
+    return gradient if logits_soft_cap is None else gradient * (1.0 - scores * scores)

@@ -1,0 +1,68 @@
+"""Softmax over keys that arrive block by block: start, update, merge, finish. The one place where additions are ordered.
+
+Scores are in log2 units, so that every exponential is one exp2. The running maximum is rounded up to an integer: each
+rescaling factor is then an exact power of two, and neither the blocks' order of maxima nor a fused multiply-add can
+change a bit of what is accumulated. A row that has seen no key has `row_sum` 0. All statistics are float32.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), algorithm 3; Dao et al.,
+"FlashAttention" (2022), algorithm 1.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+LOG2_E = float(np.log2(np.e))
+LN_2 = float(np.log(2.0))
+# Below every score, and finite: a masked score of -inf less this maximum is still -inf, never NaN.
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+class Partial(NamedTuple):
+    """What a range of keys adds up to, for each query row."""
+
+    acc: object  # float32[..., rows, Hv]   sum of 2^(score - running_max) * value
+    row_sum: object  # float32[..., rows]   sum of 2^(score - running_max)
+    running_max: object  # float32[..., rows]   an integer, log2 units
+
+
+def start(rows: tuple[int, ...], value_head_dim: int) -> Partial:
+    return Partial(
+        jnp.zeros((*rows, value_head_dim), jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.full(rows, _LOWEST, jnp.float32),
+    )
+
+
+def update(partial: Partial, scores, log2_scale: float, weigh) -> Partial:
+    """Adds one block of keys. `scores * log2_scale` are the logits in log2 units (log2_scale > 0), -inf where masked;
+    `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32."""
+    running_max = jnp.maximum(partial.running_max, jnp.ceil(jnp.max(scores, axis=-1) * log2_scale))
+    p = jnp.exp2(scores * log2_scale - running_max[..., None])
+    rescale = jnp.exp2(partial.running_max - running_max)
+    return Partial(
+        partial.acc * rescale[..., None] + weigh(p),
+        partial.row_sum * rescale + jnp.sum(p, axis=-1),
+        running_max,
+    )
+
+
+def merge(total: Partial, closed: Partial) -> Partial:
+    """Adds a closed partial sum to the total of those before it. An empty one changes nothing, to the bit."""
+    running_max = jnp.maximum(total.running_max, closed.running_max)
+    of_total = jnp.exp2(total.running_max - running_max)
+    of_closed = jnp.exp2(closed.running_max - running_max)
+    return Partial(
+        total.acc * of_total[..., None] + closed.acc * of_closed[..., None],
+        total.row_sum * of_total + closed.row_sum * of_closed,
+        running_max,
+    )
+
+
+def finish(total: Partial):
+    """The output, and the natural log of the sum of exponentials: 0 and -inf where no key was seen."""
+    empty = total.row_sum == 0.0
+    out = total.acc * (1.0 / jnp.where(empty, 1.0, total.row_sum))[..., None]
+    lse = (total.running_max + jnp.log2(total.row_sum)) * LN_2
+    return out, jnp.where(empty, -jnp.inf, lse)

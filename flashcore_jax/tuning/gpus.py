@@ -1,0 +1,51 @@
+"""Which GPU a call traced now will run on, and its limits."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the choice of a tile depends on."""
+
+    kind: str
+    capability: tuple[int, int]
+    shared_memory: int  # bytes that one block may use
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self.capability[0] == 9
+
+
+_SHARED_MEMORY = {(8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448, (12, 0): 101376}
+_CAPABILITY = {
+    "NVIDIA A100": (8, 0), "NVIDIA A30": (8, 0), "NVIDIA A10": (8, 6), "NVIDIA L4": (8, 9), "NVIDIA L40": (8, 9),
+    "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0), "NVIDIA B200": (10, 0), "NVIDIA GB200": (10, 0),
+    "NVIDIA B300": (10, 3), "NVIDIA GB300": (10, 3),
+}  # fmt: skip
+
+
+def gpu_of(kind: str, capability: str | None = None) -> Gpu:
+    """The GPU of a device kind such as "NVIDIA H200" or "NVIDIA A100-SXM4-80GB"; capability such as "9.0" where known."""
+    known = max((k for k in _CAPABILITY if kind.startswith(k)), key=len, default=None)
+    if capability is not None:
+        major, minor = map(int, str(capability).split("."))
+    else:
+        major, minor = _CAPABILITY.get(known, (0, 0))
+    # An unlisted GPU gets the smallest limit of any that the kernels run on.
+    return Gpu(known or kind, (major, minor), _SHARED_MEMORY.get((major, minor), 101376))
+
+
+def target_gpu() -> Gpu | None:
+    """The NVIDIA GPU that a call traced now will run on: the abstract mesh's device, else the default device; else None."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        kind = abstract.device_kind
+        return gpu_of(kind) if kind.startswith(("NVIDIA", "Tesla")) else None
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform not in ("gpu", "cuda") or not device.device_kind.startswith(("NVIDIA", "Tesla")):
+        return None
+    return gpu_of(device.device_kind, getattr(device, "compute_capability", None))
