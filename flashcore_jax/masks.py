@@ -17,6 +17,7 @@ query_length + i`: the last query stands on the last key (bottom-right alignment
 import dataclasses
 
 import jax.numpy as jnp
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,9 @@ def visible_blocks(start, size: int, own_length, other_length, band: Band, block
     """
     last = jnp.minimum(start + size, own_length) - 1
     shift = other_length - own_length
-    lo, hi = jnp.int32(0), jnp.where(last < start, 0, other_length)
+    # A product, not a select: Pallas's Triton lowering (jax 0.11.2) mistypes a select between two constants.
+    has_rows = jnp.clip(last + 1 - start, 0, 1)
+    lo, hi = jnp.int32(0), has_rows * other_length
     unmasked_lo, unmasked_hi = lo, hi
     if band.left is not None:
         lo = jnp.maximum(lo, start + shift - band.left)
@@ -84,12 +87,12 @@ def visible_blocks(start, size: int, own_length, other_length, band: Band, block
     if band.right is not None:
         hi = jnp.minimum(hi, last + shift + band.right + 1)
         unmasked_hi = jnp.minimum(hi, start + shift + band.right + 1)
-    first = lo // block
+    first = lax.div(lo, jnp.int32(block))
     stop = jnp.maximum(first, _blocks_for(jnp.maximum(hi, 0), block))
     unmasked_first = jnp.clip(_blocks_for(unmasked_lo, block), first, stop)
-    unmasked_stop = jnp.clip(jnp.maximum(unmasked_hi, 0) // block, unmasked_first, stop)
+    unmasked_stop = jnp.clip(lax.div(jnp.maximum(unmasked_hi, 0), jnp.int32(block)), unmasked_first, stop)
     return BlockRange(first, unmasked_first, unmasked_stop, stop)
 
 
 def _blocks_for(length, block: int):
-    return (length + (block - 1)) // block
+    return lax.div(length + jnp.int32(block - 1), jnp.int32(block))

@@ -35,11 +35,17 @@ def start(rows: tuple[int, ...], value_head_dim: int) -> Partial:
     )
 
 
-def update(partial: Partial, scores, log2_scale: float, weigh) -> Partial:
+def scaled_exp2(scores, log2_scale: float, shift):
+    """2^(scores * log2_scale - shift)."""
+    return jnp.exp2(scores * log2_scale - shift)
+
+
+def update(partial: Partial, scores, log2_scale: float, weigh, scaled_exp2=scaled_exp2) -> Partial:
     """Adds one block of keys. `scores * log2_scale` are the logits in log2 units (log2_scale > 0), -inf where masked;
-    `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32."""
+    `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32; `scaled_exp2` is
+    the hardware's form of the function above, where there is a faster one."""
     running_max = jnp.maximum(partial.running_max, jnp.ceil(jnp.max(scores, axis=-1) * log2_scale))
-    p = jnp.exp2(scores * log2_scale - running_max[..., None])
+    p = scaled_exp2(scores, log2_scale, running_max[..., None])
     rescale = jnp.exp2(partial.running_max - running_max)
     return Partial(
         partial.acc * rescale[..., None] + weigh(p),

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax.kernels.triton.blocks import Programs, columns_of, padded, round_up, row_lengths
-from flashcore_jax.kernels.triton.launch import dot, launch, load, store
+from flashcore_jax.kernels.triton.launch import dot, launch, load, scaled_exp2, store
 from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import sees_any, visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
@@ -55,7 +55,7 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
         q = load(q_ref, at_block, rows=is_row, columns=in_h)
         scores, log2_scale = scores_of(dot(k, q, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
         lse = load(lse_ref, (group_head, pl.ds(block * block_q, block_q)), rows=is_row) * LOG2_E
-        p = jnp.exp2(scores * log2_scale - lse[None, :])
+        p = scaled_exp2(scores, log2_scale, lse[None, :])
         if masked:
             seen = visible(queries[None, :], keys[:, None], query_length, key_length, problem.band)
             p = jnp.where(seen, p, 0.0)
@@ -97,7 +97,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
         at_block = (pl.ds(block * block_k, block_k), slice(None))
         k = load(k_ref, at_block, rows=is_key, columns=in_h)
         scores, log2_scale = scores_of(dot(q, k, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
-        p = jnp.exp2(scores * log2_scale - lse[:, None])
+        p = scaled_exp2(scores, log2_scale, lse[:, None])
         if masked:
             seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
             p = jnp.where(seen, p, 0.0)
@@ -112,44 +112,49 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
     store(dq_ref, jnp.where(is_row[:, None], dq * problem.scale, 0.0), rows=in_t, columns=in_h)
 
 
-def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem, tiles: Tiles):
-    """The gradients of query, key and value. lse float32[B, N, T]; dlse float32[B, N, T] or None."""
+def dkdv(operands, problem: Problem, tile: Tile):
+    """The gradients of key and value. operands: query, key, value, dout, lse, delta, and the lengths or nothing."""
     p = problem
-    delta = jnp.einsum("btnh,btnh->bnt", dout.astype(jnp.float32), out.astype(jnp.float32))
-    delta = delta if dlse is None else delta - dlse
-    operands = (query, key, value, dout, lse, delta, *lengths)
-
-    tile = tiles.dkdv
-    programs = Programs(p.B, p.K, pl.cdiv(p.S, tile.block_k), tile.heads_fastest, last_tile_first=p.band.left is not None and p.band.right is None)
+    programs = Programs(p.B, p.K, pl.cdiv(p.S, tile.block_k), tile.heads_fastest, last_tile_first=False)
     T = round_up(p.T, tile.block_q)
     group = [programs.spec((None, T, p.G, padded(size)), lambda b, s, k: (b, 0, k, 0)) for size in (p.H, p.Hv)]
     own = [programs.spec((None, tile.block_k, None, padded(size)), lambda b, s, k: (b, s, k, 0)) for size in (p.H, p.Hv)]
     statistic = programs.spec((None, p.G, T), lambda b, s, k: (b, k, 0))
-    dk, dv = launch(
+    return launch(
         functools.partial(_dkdv_kernel, problem=p, tile=tile, programs=programs),
         *operands,
         name="flashcore_dkdv",
         grid=programs.grid,
-        in_specs=[group[0], *own, group[1], statistic, statistic, *[programs.row_spec] * len(lengths)],
+        in_specs=[group[0], *own, group[1], statistic, statistic, *[programs.row_spec] * len(operands[6:])],
         out_specs=own,
-        out_shape=[(key.shape, key.dtype), (value.shape, value.dtype)],
+        out_shape=[((p.B, p.S, p.K, p.H), p.dtype), ((p.B, p.S, p.K, p.Hv), p.dtype)],
         tile=tile,
     )
 
-    tile = tiles.dq
+
+def dq(operands, problem: Problem, tile: Tile):
+    """The gradient of query; operands as of `dkdv`."""
+    p = problem
     programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
     S = round_up(p.S, tile.block_k)
     own = [programs.spec((None, tile.block_q, None, padded(size)), lambda b, t, n: (b, t, n, 0)) for size in (p.H, p.Hv)]
     group = [programs.spec((None, S, None, padded(size)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)) for size in (p.H, p.Hv)]
     statistic = programs.spec((None, None, tile.block_q), lambda b, t, n: (b, n, t))
-    (dq,) = launch(
+    (gradient,) = launch(
         functools.partial(_dq_kernel, problem=p, tile=tile, programs=programs),
         *operands,
         name="flashcore_dq",
         grid=programs.grid,
-        in_specs=[own[0], *group, own[1], statistic, statistic, *[programs.row_spec] * len(lengths)],
+        in_specs=[own[0], *group, own[1], statistic, statistic, *[programs.row_spec] * len(operands[6:])],
         out_specs=[own[0]],
-        out_shape=[(query.shape, query.dtype)],
+        out_shape=[((p.B, p.T, p.N, p.H), p.dtype)],
         tile=tile,
     )
-    return dq, dk, dv
+    return gradient
+
+
+def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem, tiles: Tiles):
+    """The gradients of query, key and value. lse and dlse float32[B, N, T]; `lengths` is () or two int32[B]."""
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
+    operands = (query, key, value, dout, lse, delta, *lengths)
+    return dq(operands, problem, tiles.dq), *dkdv(operands, problem, tiles.dkdv)

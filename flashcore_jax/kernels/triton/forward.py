@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Programs, columns_of, padded, round_up, row_lengths
-from flashcore_jax.kernels.triton.launch import dot, launch, load, store
+from flashcore_jax.kernels.triton.launch import dot, launch, load, scaled_exp2, store
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import visible, visible_blocks
 from flashcore_jax.problem import Problem
@@ -45,7 +45,8 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
             seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
             scores = jnp.where(seen, scores, -jnp.inf)
         v = load(v_ref, at_block, rows=is_key, columns=in_hv)
-        return online_softmax.update(partial, scores, log2_scale, lambda p: dot(p.astype(v.dtype), v, problem.precision))
+        weigh = lambda p: dot(p.astype(v.dtype), v, problem.precision)  # noqa: E731
+        return online_softmax.update(partial, scores, log2_scale, weigh, scaled_exp2)
 
     blocks = visible_blocks(first_query, block_q, query_length, key_length, problem.band, block_k)
 
@@ -68,8 +69,9 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
             stop = jnp.minimum(blocks.stop, (split + 1) * blocks_per_split)
             return online_softmax.merge(total, visit_all(start, stop))
 
-        splits = (lax.div(blocks.start, blocks_per_split), pl.cdiv(blocks.stop, blocks_per_split))
-        total = lax.fori_loop(*splits, close, online_softmax.start((block_q,), padded(problem.Hv)))
+        first = lax.div(blocks.start, jnp.int32(blocks_per_split))
+        stop = lax.div(blocks.stop + (blocks_per_split - 1), jnp.int32(blocks_per_split))
+        total = lax.fori_loop(first, stop, close, online_softmax.start((block_q,), padded(problem.Hv)))
 
     out, lse = online_softmax.finish(total)
     if not every_row_exists:

@@ -5,6 +5,7 @@ Loads and stores are masked wherever they can leave the array: an unmasked one t
 extents are rounded up to whole blocks for the same reason in the interpreter, which clamps a slice that leaves its ref.
 """
 
+import struct
 import warnings
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from flashcore_jax import online_softmax
 from flashcore_jax.tuning.gpus import target_gpu
 
 _DOT_PRECISION = {
@@ -59,6 +61,23 @@ def dot(a, b, precision: str, *, contract=(1, 0)):
         how = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)  # the CPU has no TF32
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=how, preferred_element_type=jnp.float32)
+
+
+def scaled_exp2(scores, log2_scale: float, shift):
+    """`online_softmax.scaled_exp2` in two instructions instead of six.
+
+    The Triton lowering neither contracts the multiply and the subtraction nor leaves out exp2's scaling of subnormal
+    results; both cost more than the exponential itself. Here 2^x below 2^-126 is 0.
+    """
+    if target_gpu() is None:
+        return online_softmax.scaled_exp2(scores, log2_scale, shift)
+    scale = struct.pack(">f", log2_scale).hex()
+    asm = f"{{ .reg .f32 x; neg.f32 x, $2; fma.rn.f32 x, $1, 0f{scale}, x; ex2.approx.ftz.f32 $0, x; }}"
+    result = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
+    (p,) = plgpu.elementwise_inline_asm(
+        asm, args=[scores, jnp.broadcast_to(shift, scores.shape)], constraints="=r,r,r", pack=1, result_shape_dtypes=[result]
+    )
+    return p
 
 
 def _mask(shape, rows, columns):

@@ -1,0 +1,344 @@
+"""Compile the shipped kernels for NVIDIA GPUs on a machine without one, and hold each tile to the GPU's limits.
+
+    python -m benchmarks.aot                          # every GPU, every kind of call that gets a tile of its own
+    python -m benchmarks.aot --quick                  # each (GPU, kernel, tile, dtype, head dim) once: what CI runs
+    python -m benchmarks.aot --gpu "NVIDIA A100"      # one GPU
+    python -m benchmarks.aot --out report.json        # also as data
+
+A tile fails when it does not compile, needs more shared memory than a block may use, or spills registers though its row
+does not say why (`Tile.spills`). The exit code says whether any did.
+
+    kernel_report(fn, *args, gpu="NVIDIA H200")       # the same facts for the kernels in any function
+
+Needs what the extra `aot` installs: the GPU back end of jax (it compiles without a driver) and CUDA's ptxas. Lowering alone
+proves nothing: tiles too large for the GPU lower, then fail here. Some of the compiler's failures abort the process, so
+compiles run in worker processes.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from flashcore_jax.attention import attention
+from flashcore_jax.problem import problem_of
+from flashcore_jax.testing import Inputs, Workload, evaluate
+from flashcore_jax.tuning.gpus import gpu_of
+from flashcore_jax.tuning.tiles import Tile, tiles_for
+
+KERNELS = {"flashcore_forward": "forward", "flashcore_dkdv": "dkdv", "flashcore_dq": "dq"}
+
+
+# ---- compiling for a GPU that is not there
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the compiler asks about a device, beside what `gpu_of` knows. From the vendor's tables."""
+
+    multiprocessors: int
+    threads: int  # per multiprocessor
+    memory: int  # GiB
+    bandwidth: int  # GB/s
+    l2: int  # MiB
+    clock: float  # GHz
+
+
+TARGETS = {
+    "NVIDIA A100": Target(108, 2048, 80, 2039, 40, 1.41),
+    "NVIDIA L4": Target(58, 1536, 24, 300, 48, 2.04),
+    "NVIDIA H100": Target(132, 2048, 80, 3350, 50, 1.98),
+    "NVIDIA H200": Target(132, 2048, 141, 4800, 50, 1.98),
+    "NVIDIA B200": Target(148, 2048, 180, 8000, 126, 1.965),
+}
+
+_TARGET_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: {block}  shared_memory_per_core: {core}
+  threads_per_core_limit: {t.threads}  core_count: {t.multiprocessors}  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: {t.bandwidth}000000000  l2_cache_size: {l2}  clock_rate_ghz: {t.clock}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major}  minor: {minor}  feature_extension: {features} }}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation"  name: "{name}"
+  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+@functools.cache
+def mesh_for(gpu: str):
+    """A mesh of one device of the named kind."""
+    target, known = TARGETS[gpu], gpu_of(gpu)
+    major, minor = known.capability
+    config = _TARGET_CONFIG.format(
+        t=target, name=gpu, major=major, minor=minor, memory=target.memory << 30, l2=target.l2 << 20,
+        features="ACCELERATED_FEATURES" if major >= 9 else "NONE",
+        block=known.shared_memory, core=known.shared_memory + 1024,  # the driver keeps 1 KiB of each multiprocessor's
+    )  # fmt: skip
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+
+
+def compile_for(fn, *args, gpu: str, dump: str | None = None) -> jax.stages.Compiled:
+    """`fn`, compiled for arguments of these shapes and dtypes on the named GPU. `dump`: a folder for the compiler's files."""
+    mesh = mesh_for(gpu)
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+    options = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"} if dump else {}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The Pallas Triton backend", category=DeprecationWarning)
+        return jax.jit(fn).lower(*args).compile(compiler_options=options)
+
+
+def kernel_report(fn, *args, gpu: str) -> dict[str, dict]:
+    """For each Pallas kernel in `fn`: grid, threads, shared_memory (bytes of a block), registers (of a thread), spills (bytes
+    stored and loaded), and tensor_core, the instruction family that its products became ("" for none)."""
+    with tempfile.TemporaryDirectory() as folder:
+        compile_for(fn, *args, gpu=gpu, dump=folder)
+        report = collections.defaultdict(dict)
+        for path in pathlib.Path(folder).glob("*thunk_sequence.txt"):
+            launched = r"kCustomKernel.*?(\S+) grid: \[(.*?)\] threads: \[(\d+).*?\]\s+shared_memory: (\d+)"
+            for name, grid, threads, shared_memory in re.findall(launched, path.read_text()):
+                report[name] |= {"grid": grid, "threads": int(threads), "shared_memory": int(shared_memory)}
+        for path in pathlib.Path(folder).glob("*.ptx"):
+            for name, facts in _assemble(path).items():
+                if name in report:
+                    report[name] |= facts
+        return dict(report)
+
+
+def _assemble(ptx: pathlib.Path) -> dict[str, dict]:
+    text = ptx.read_text()
+    target = re.search(r"^\.target (\w+)", text, re.M)[1]
+    run = subprocess.run([find_ptxas(), "-v", f"-arch={target}", ptx, "-o", os.devnull], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"ptxas refused {ptx.name}: {run.stderr[:500]}")
+    families = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    tensor_core = next((family for family in families if f"{family}." in text), "")
+    used = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    return {
+        name: {"registers": int(registers), "spills": int(stored) + int(loaded), "tensor_core": tensor_core}
+        for name, stored, loaded, registers in re.findall(used, run.stderr, re.S)
+    }
+
+
+@functools.cache
+def find_ptxas() -> str:
+    """CUDA's assembler: the wheel's, so that every machine measures with the same one, else the machine's own."""
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [pathlib.Path(root, "cu13/bin/ptxas") for root in (spec.submodule_search_locations if spec else [])]
+    found = next((str(path) for path in wheels if path.exists()), None) or shutil.which("ptxas")
+    if found is None:
+        raise FileNotFoundError("ptxas not found: pip install '.[aot]', or put CUDA's bin folder on the PATH")
+    return found
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot compile for a GPU, or None."""
+    try:
+        plugin = importlib.metadata.version("jax-cuda13-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return "jax-cuda13-plugin is not installed: pip install '.[aot]' (Python 3.12 or newer)"
+    if plugin != jax.__version__:
+        return f"jax-cuda13-plugin {plugin} does not fit jax {jax.__version__}: pip install '.[aot]'"
+    return None
+
+
+# ---- what is compiled
+
+DTYPES = ("bfloat16", "float32", "float16")
+HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
+ODD_HEAD_DIMS = ((40, 40), (80, 80), (160, 160), (192, 80))  # padded, to the same sizes
+KINDS = {
+    "causal": dict(T=4096, S=4096, is_causal=True),
+    "full": dict(T=1024, S=1024),
+    # All that adds code and registers, at once.
+    "everything": dict(
+        T=1000, S=5000, is_causal=True, local_window_size=(700, 0), logits_soft_cap=30.0,
+        query_seq_lengths=(1000, 900), key_value_seq_lengths=(5000, 4000),
+    ),
+}  # fmt: skip
+WORKLOADS = tuple(
+    Workload(f"{dtype} {H}/{Hv} {kind}", B=2, N=8, K=2, H=H, Hv=Hv, dtype=dtype, **facts)
+    for kind, facts in KINDS.items()
+    for dtype in DTYPES
+    for H, Hv in (ODD_HEAD_DIMS if kind == "everything" else HEAD_DIMS)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One call of `attention`, forward and backward, on one GPU."""
+
+    gpu: str
+    workload: Workload
+
+    @property
+    def inputs(self) -> Inputs:
+        w = self.workload
+        shapes = (w.B, w.T, w.N, w.H), (w.B, w.S, w.K, w.H), (w.B, w.S, w.K, w.Hv), (w.B, w.T, w.N, w.Hv), (w.B, w.T, w.N)
+        return Inputs(*map(jax.ShapeDtypeStruct, shapes, (w.dtype,) * 4 + ("float32",)))
+
+    @property
+    def tiles(self) -> dict[str, Tile]:
+        """The tile of each kernel, by the kernel's name."""
+        problem = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size)
+        tiles = tiles_for(gpu_of(self.gpu), problem)
+        return {name: getattr(tiles, field) for name, field in KERNELS.items()}
+
+    def call(self, inputs: Inputs):
+        attend = functools.partial(attention, implementation="triton", split_size=self.workload.split_size)
+        return evaluate(attend, inputs, **self.workload.options)
+
+    def report(self) -> dict[str, dict]:
+        return kernel_report(self.call, self.inputs, gpu=self.gpu)
+
+
+def jobs_for(gpus, quick: bool) -> list[Job]:
+    """Every workload on every GPU. `quick`: those with a tile, or code, of their own: GPUs of one architecture get the same, but
+    for their names, the two 16-bit dtypes but for types, and causal and full but for a bound."""
+    jobs, seen = [], set()
+    for job in (Job(gpu, workload) for workload in WORKLOADS for gpu in gpus):
+        known, w = gpu_of(job.gpu), job.workload
+        code = known.capability, known.shared_memory, jnp.dtype(w.dtype).itemsize, w.H, w.Hv
+        new = {(*code, name, dataclasses.replace(tile, reason="", spills="")) for name, tile in job.tiles.items()} - seen
+        if new or not quick:
+            jobs.append(job)
+            seen |= new
+    return sorted(jobs, key=lambda job: gpus.index(job.gpu))
+
+
+def fault_of(tile: Tile, facts: dict, limit: int) -> str:
+    """What is wrong with a tile, by its kernel's facts and the bytes of shared memory that a block may use; "" nothing."""
+    if "registers" not in facts:
+        return "not among the compiled kernels"
+    if facts["shared_memory"] > limit:
+        return "more shared memory than a block may use"
+    if facts["spills"] and not tile.spills:
+        return "spills registers, and its tile's `spills` does not say why"
+    return ""
+
+
+def judge(job: Job, report: dict[str, dict]) -> list[dict]:
+    """One row per kernel of a compiled job."""
+    limit = gpu_of(job.gpu).shared_memory
+    rows = []
+    for name, tile in job.tiles.items():
+        facts = report.get(name, {})
+        shape = f"{tile.block_q}x{tile.block_k} {tile.num_warps}w {tile.num_stages}s"
+        row = {"gpu": job.gpu, "workload": job.workload.name, "kernel": KERNELS[name], "tile": shape, "limit": limit}
+        rows.append(row | facts | {"fault": fault_of(tile, facts, limit)})
+    return rows
+
+
+# ---- the run
+
+
+def compile_job(job: Job) -> list[dict]:
+    """The job's rows; one row of kernel "all" where it does not compile."""
+    start = time.perf_counter()
+    try:
+        rows = judge(job, job.report())
+    except Exception as error:
+        rows = failed(job, f"{type(error).__name__}: {error}")
+    return [{**row, "seconds": round(time.perf_counter() - start, 2)} for row in rows]
+
+
+def failed(job: Job, why: str) -> list[dict]:
+    return [{"gpu": job.gpu, "workload": job.workload.name, "kernel": "all", "tile": "", "fault": " ".join(why.split())[:1000]}]
+
+
+def leave_the_gpu_alone():
+    jax.config.update("jax_platforms", "cpu")
+
+
+def compile_all(jobs, workers: int = 2):
+    """Yields each job's rows, in the order in which they are done. A job whose compiler aborts costs its worker, not the run."""
+
+    def fresh():
+        # Spawned, because jax's threads do not survive a fork.
+        return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), leave_the_gpu_alone)
+
+    idle = queue.SimpleQueue()
+    for _ in range(workers):
+        idle.put(fresh())
+
+    def compile_one(job):
+        pool = idle.get()
+        try:
+            return pool.submit(compile_job, job).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            pool = fresh()
+            return failed(job, "the compiler aborted the process")
+        finally:
+            idle.put(pool)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+        try:
+            yield from (done.result() for done in concurrent.futures.as_completed([threads.submit(compile_one, job) for job in jobs]))
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for _ in range(workers):
+                idle.get().shutdown()
+
+
+def line(row: dict) -> str:
+    facts = f"{row['kernel']:8} {row['tile']:14}"
+    if "registers" in row:
+        facts += f"{row['threads']:4} threads {row['registers']:4} registers {row['spills']:5} B spilled "
+        facts += f"{row['shared_memory']:7} of {row['limit']} B shared  {row['tensor_core']:16}"
+    return f"{row['gpu']:12} {row['workload']:28} {facts}" + (f"  FAULT: {row['fault']}" if row["fault"] else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="append", choices=list(TARGETS), help="this GPU only (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="each (GPU, kernel, tile, dtype, head dim) once")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=pathlib.Path, help="write the rows as JSON")
+    arguments = parser.parse_args()
+    if reason := unavailable():
+        print(reason)
+        return 2
+
+    jobs, rows, start = jobs_for(arguments.gpu or list(TARGETS), arguments.quick), [], time.perf_counter()
+    for done, job_rows in enumerate(compile_all(jobs, arguments.workers), 1):
+        rows += job_rows
+        for row in job_rows:
+            print(f"{done:3}/{len(jobs)} {time.perf_counter() - start:4.0f} s  {line(row)}", flush=True)
+    faults = [row for row in rows if row["fault"]]
+    print(f"{len(rows)} kernels of {len(jobs)} calls compiled with jax {jax.__version__}: {len(faults)} faults")
+    for row in faults:
+        print(line(row))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What a cell's answer is: float64 attention and its gradients for one key/value head of one batch row, on the device.
+
+All queries of the heads that share the key/value head, in chunks of queries, so that no T×S array of the cell's full size
+exists at any length. The arithmetic is written out (no autodiff, none of the package's code), so it shares no mistake.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.workloads import Cell
+from flashcore_jax.testing import GRADIENT_GATE, UNIT_ROUNDOFF
+
+WRONG = 4.0  # times the gate. Another rounding order costs less, one key too many costs more
+_CHUNK = 512
+
+
+def part(cell: Cell, query, key, value, d_out):
+    """The last head of the last row: where a wrong offset or head mapping shows. Arrays [T, G, H], [S, H], [S, H], [T, G, H]."""
+    G = cell.N // cell.K
+    return query[-1, :, -G:], key[-1, :, -1], value[-1, :, -1], d_out[-1, :, -G:]
+
+
+def attention(cell: Cell, query, key, value, d_out):
+    """(out, sum_j p_j |v_j|, dq, dk, dv) in float64, of `part`. Call and jit it under `jax.enable_x64(True)`."""
+    q, k, v, do = (x.astype(jnp.float64) for x in part(cell, query, key, value, d_out))
+    T, G, H = q.shape
+    chunk = min(_CHUNK, T)
+    assert T % chunk == 0, f"T = {T} is not a multiple of {chunk}"
+    j = jnp.arange(T)
+
+    def visit(sums, rows):
+        i, q, do = rows
+        far = i[:, None] - j[None, :]  # how far key j lies before query i
+        seen = (far >= 0) if cell.is_causal else jnp.ones_like(far, bool)
+        if cell.window is not None:
+            seen &= far <= cell.window
+        scores = jnp.where(seen[:, None, :], jnp.einsum("tgh,sh->tgs", q, k) * cell.scale, -jnp.inf)
+        p = jax.nn.softmax(scores, axis=-1)
+        dp = jnp.einsum("tgh,sh->tgs", do, v)
+        ds = p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)) * cell.scale
+        dk, dv = sums
+        sums = dk + jnp.einsum("tgs,tgh->sh", ds, q), dv + jnp.einsum("tgs,tgh->sh", p, do)
+        return sums, (jnp.einsum("tgs,sh->tgh", p, v), jnp.einsum("tgs,sh->tgh", p, jnp.abs(v)), jnp.einsum("tgs,sh->tgh", ds, k))
+
+    rows = jax.tree.map(lambda x: x.reshape(T // chunk, chunk, *x.shape[1:]), (j, q, do))
+    (dk, dv), by_query = jax.lax.scan(visit, (jnp.zeros_like(k), jnp.zeros_like(v)), rows)
+    out, weight, dq = (x.reshape(T, G, H) for x in by_query)
+    return out, weight, dq, dk, dv
+
+
+def errors(cell: Cell, results, exact) -> dict[str, float]:
+    """Of one contender's full results: the largest error of the output and the root mean square error of each gradient, each as
+    a fraction of its gate in `flashcore_jax.testing`. On the host: nothing to compile, and NaN compares false with any limit."""
+    u, G = UNIT_ROUNDOFF[cell.dtype], cell.N // cell.K
+    exact_out, weight, *exact_gradients = exact
+    truths = exact_out, *exact_gradients
+    got = [np.asarray(x[-1, :, -heads:], np.float64).reshape(e.shape) for x, heads, e in zip(results, (G, G, 1, 1), truths, strict=False)]
+    half_ulp = u * np.exp2(np.floor(np.log2(np.maximum(np.abs(exact_out), np.finfo(np.float32).tiny))))
+    found = {"out": np.max(np.abs(got[0] - exact_out) / (u * weight + half_ulp))}
+    for name, x, e in zip(("dq", "dk", "dv"), got[1:], exact_gradients, strict=False):
+        found[name] = np.sqrt(np.mean(np.square(x - e)) / np.mean(np.square(e))) / GRADIENT_GATE[cell.dtype]
+    return {name: float(error) for name, error in found.items()}

@@ -1,0 +1,331 @@
+"""Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
+
+    python -m benchmarks.run --board prefill --memory --out benchmarks/results/NAME.jsonl
+    python -m benchmarks.run --cells P1,P2 --peers flashcore,cudnn --out /tmp/x.jsonl
+    python -m benchmarks.run --quick --memory --out /tmp/x.jsonl          # tiny cells, also on a CPU
+
+One JSON object per line, appended and flushed as it is found, so that a run that is stopped leaves what it had:
+    run      device, versions, date: the other lines name it by `run`
+    ceiling  what this GPU reaches on a large matrix product and on a copy
+    time     one contender, cell and direction: status ok, declined (it does not compute this), wrong or failed, with the reason
+    memory   temporary bytes that XLA reserves for one call
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+# Room for the XLA contender's T×S logits; still leaves some of the GPU to libraries that allocate by themselves.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.85")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import exact, peers, timing, workloads
+from benchmarks.workloads import Cell
+
+CELLS_PER_BATCH = 5  # compiled together; what a crash in a compiler can take with it
+_start = time.perf_counter()
+_lowering = threading.Lock()  # tracing holds the interpreter's lock anyway, and not every library's tracing is thread-safe
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - _start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, peers.Declined):
+        return str(error)
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+
+
+def describe_run(quick: bool, argv) -> dict:
+    device = jax.devices()[0]
+    versions = {
+        name: _version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "tokamax")
+    }
+    here = pathlib.Path(__file__).parent
+    commit = ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "kind": "run", "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "date": now.date().isoformat(), "quick": quick, "commit": commit,
+        "device": device.device_kind, "platform": device.platform,
+        "versions": {"python": platform.python_version()} | {k: v for k, v in versions.items() if v}, "command": " ".join(["python -m benchmarks.run", *argv]),
+    }  # fmt: skip
+
+
+# Compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One program to compile: a contender on a cell, or (peer None) the cell's exact answer."""
+
+    cell: Cell
+    direction: str
+    peer: str | None
+
+    def __str__(self) -> str:
+        return f"{self.cell.name} {self.direction} {self.peer or 'exact'}"
+
+    def compile(self):
+        q, k = (jax.ShapeDtypeStruct(shape, self.cell.dtype) for shape in (self.cell.query_shape, self.cell.key_shape))
+        inputs = (q, k, k, q)
+        with jax.enable_x64(self.peer is None):
+            with _lowering:
+                if self.peer is None:
+                    program = functools.partial(exact.attention, self.cell)
+                else:
+                    peer = peers.PEERS[self.peer]
+                    program = peer.program(self.cell, self.direction)
+                    inputs = jax.eval_shape(functools.partial(_prepare, peer, self.cell), *inputs)
+                    inputs = inputs if self.direction != "fwd" else inputs[:3]
+                lowered = jax.jit(program).lower(*inputs)
+            return lowered.compile()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(peer, cell, q, k, v, d_out):
+    return (*(peer.prepare(cell, q, k, v) if peer.prepare else (q, k, v)), d_out)
+
+
+def loaded(program):
+    """A compiled program, or raises what stopped its compilation."""
+    if isinstance(program, Exception):
+        raise program
+    return program
+
+
+def compile_all(jobs, threads: int) -> dict[Job, object]:
+    """{job: the compiled program, or the exception that stopped it}, in parallel threads."""
+
+    def guarded(job):
+        try:
+            return job.compile()
+        except Exception as e:
+            return e
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        pending = {pool.submit(guarded, job): job for job in jobs}
+        for count, future in enumerate(concurrent.futures.as_completed(pending), 1):
+            if count == len(jobs) or count % 10 == 0:
+                say(f"compiled {count} of {len(jobs)}; last: {pending[future]}")
+        return {job: future.result() for future, job in pending.items()}
+
+
+# The board
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_inputs(cell: Cell, key):
+    shapes = cell.query_shape, cell.key_shape, cell.key_shape, cell.query_shape
+    return tuple(jax.random.normal(k, shape).astype(cell.dtype) for k, shape in zip(jax.random.split(key, 4), shapes, strict=True))
+
+
+@jax.jit
+def _largest_differences(a, b):
+    return [jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))) for x, y in zip(a, b, strict=True)]
+
+
+def measure_cell(cell: Cell, compiled: dict, names, directions, samples: int):
+    """Yields the cell's records."""
+    one_set = sum(2 * int(np.prod(s)) for s in (cell.query_shape, cell.key_shape, cell.key_shape))
+    input_sets = [random_inputs(cell, key) for key in jax.random.split(jax.random.key(0), timing.copies_needed(one_set))]
+    try:
+        truth = [np.asarray(x) for x in loaded(compiled[Job(cell, "fwd+bwd", None)])(*input_sets[0])]
+    except Exception as e:  # the times are still worth having; their records hold no errors
+        say(f"{cell.name}: no exact answer: {reason_of(e)}")
+        truth = None
+    for direction in directions:
+        programs = {name: compiled[Job(cell, direction, name)] for name in names}
+        yield from measure(cell, direction, programs, input_sets, truth, samples)
+
+
+def measure(cell: Cell, direction: str, programs: dict, input_sets, truth, samples: int):
+    """Checks every contender, times those that are right in turns, and yields one record each."""
+    records = {name: {"kind": "time", "cell": dataclasses.asdict(cell), "direction": direction, "contender": name} for name in programs}
+    contenders, ours = {}, None
+
+    def stop(name, error, status=None):
+        status = status or ("declined" if isinstance(error, peers.Declined) else "failed")
+        records[name] |= {"status": status, "reason": reason_of(error)}
+        say(f"{cell.name} {direction:7} {name:18} {status}: {reason_of(error)}")
+
+    for name in sorted(programs, key=lambda n: n != peers.OURS):  # ours first: the others are compared with it
+        try:
+            program, peer = loaded(programs[name]), peers.PEERS[name]
+            sets = [_prepare(peer, cell, *arrays) if peer.prepare else arrays for arrays in input_sets]
+            sets = [arrays[: 3 if direction == "fwd" else 4] for arrays in sets]
+            results = program(*sets[0])
+            results = results if direction == "fwd+bwd" else (results,)
+            ours = results if name == peers.OURS else ours
+            if ours is not None:
+                records[name]["max_diff"] = dict(
+                    zip(("out", "dq", "dk", "dv"), map(float, _largest_differences(results, ours)), strict=False)
+                )
+            found = {} if truth is None else exact.errors(cell, results, truth)
+            records[name]["errors"] = found
+            del results
+        except Exception as e:
+            stop(name, e)
+            continue
+        if all(error <= exact.WRONG for error in found.values()):  # False for NaN too
+            contenders[name] = timing.Rotating(program, sets)
+        else:
+            stop(name, peers.Declined("errors in units of their gates: " + ", ".join(f"{k} {e:.3g}" for k, e in found.items())), "wrong")
+    del ours
+
+    for name, (clock, times) in timing.interleaved(contenders, samples, stop).items():
+        median = statistics.median(times)
+        low, high = np.percentile(times, [10, 90])
+        records[name] |= {
+            "status": "ok", "clock": clock, "samples": len(times),
+            "time_us": {"median": median, "min": min(times), "spread": float(high - low) / median},
+            "wall_us": statistics.median(timing.wall_us(contenders[name], 5)),
+            "tflops": cell.flops(direction) / median * 1e-6,
+        }  # fmt: skip
+    baseline = records.get(peers.BASELINE, {}).get("time_us", {}).get("median")
+    for name, record in records.items():
+        if record["status"] == "ok":
+            record["ratio"] = baseline / record["time_us"]["median"] if baseline else None
+            versus = f"{record['ratio']:.3f} of {peers.BASELINE}" if baseline else ""
+            errors = ", ".join(f"{k} {e:.2f}" for k, e in record["errors"].items())
+            say(
+                f"{cell.name} {direction:7} {name:18} {record['time_us']['median']:9.1f} µs ({record['clock']}) {record['tflops']:7.1f} TFLOP/s  {versus}  errors/gate: {errors}"
+            )
+        yield record
+
+
+# Ceilings and memory
+
+
+def measure_ceilings(quick: bool, samples: int):
+    size, length = (256, 1 << 16) if quick else (8192, 1 << 29)
+    a, b = (jax.random.normal(key, (size, size)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(1)))
+    x = jnp.ones((length,), jnp.float32)
+    # x + 1, because XLA makes a plain copy a memcpy, which CUPTI's kernel times do not hold.
+    roofs = {
+        "matmul": ("TFLOP/s", 2 * size**3 * 1e-6, timing.Rotating(jax.jit(jnp.matmul), [(a, b)]), f"bf16, {size} cubed"),
+        "copy": ("GB/s", 8 * length * 1e-3, timing.Rotating(jax.jit(lambda x: x + 1), [(x,)]), f"{4 * length >> 10} KiB, read and written"),
+    }
+    times = timing.interleaved({name: f for name, (_, _, f, _) in roofs.items()}, samples, lambda name, e: say(f"{name}: {reason_of(e)}"))
+    for name, (clock, us) in times.items():
+        unit, work, _, what = roofs[name]
+        value = work / statistics.median(us)
+        say(f"ceiling {name}: {value:.0f} {unit}")
+        yield {"kind": "ceiling", "name": name, "value": value, "unit": unit, "what": what, "clock": clock}
+
+
+def measure_memory(cells, names, threads: int):
+    jobs = [Job(cell, direction, name) for cell in cells for direction in workloads.DIRECTIONS for name in names]
+    compiled = compile_all(jobs, threads)
+    for job, program in compiled.items():
+        record = {"kind": "memory", "cell": dataclasses.asdict(job.cell), "direction": job.direction, "contender": job.peer}
+        if isinstance(program, Exception):
+            say(f"memory {job}: {reason_of(program)}")
+            yield record | {"status": "failed", "reason": reason_of(program)}
+            continue
+        found = program.memory_analysis()
+        yield record | {
+            "status": "ok", "temp_bytes": found.temp_size_in_bytes,
+            "argument_bytes": found.argument_size_in_bytes, "output_bytes": found.output_size_in_bytes,
+        }  # fmt: skip
+
+
+def parse(argv):
+    def names(text):
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--board", choices=[*workloads.BOARDS, "none"], default="prefill")
+    parser.add_argument("--cells", type=names, help="only these, as in P1,P2")
+    parser.add_argument("--peers", type=names, help=f"of {', '.join(peers.PEERS)}")
+    parser.add_argument("--directions", type=names, default=list(workloads.DIRECTIONS), help="fwd, fwd+bwd or both (default)")
+    parser.add_argument("--rounds", type=int, help="timed calls per contender (default 20)")
+    parser.add_argument(
+        "--threads", type=int, default=min(16, os.cpu_count() or 1), help="that compile (default: one per core, at most 16)"
+    )
+    parser.add_argument("--memory", action="store_true", help="temporary bytes against T, too")
+    parser.add_argument("--quick", action="store_true", help="tiny cells and few rounds")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a .jsonl file to append to")
+    args = parser.parse_args(argv)
+    args.peers = args.peers or list(peers.QUICK if args.quick else peers.DEFAULT)
+    args.rounds = args.rounds or (4 if args.quick else 20)
+    boards = workloads.QUICK_BOARDS if args.quick else workloads.BOARDS
+    args.board = boards.get(args.board, ())
+    for given, known in (
+        (args.peers, peers.PEERS),
+        (args.directions, workloads.DIRECTIONS),
+        (args.cells or (), [c.name for c in args.board]),
+    ):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    args.board = [cell for cell in args.board if args.cells is None or cell.name in args.cells]
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    warnings.simplefilter("ignore")  # the contenders' deprecations, and interpret mode's
+    run = describe_run(args.quick, sys.argv[1:] if argv is None else argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    say(f"{run['device']}, jax {run['versions']['jax']}; {len(args.board)} cells, {args.directions}, {args.peers}")
+    count = collections.Counter()
+    with args.out.open("a") as file:
+
+        def write(records):
+            for record in records:
+                count[record.get("status", record["kind"])] += 1
+                file.write(json.dumps({"run": run["run"]} | record) + "\n")
+                file.flush()
+
+        write([run])
+        if args.board:
+            write(measure_ceilings(args.quick, args.rounds))
+        for first in range(0, len(args.board), CELLS_PER_BATCH):
+            batch = args.board[first : first + CELLS_PER_BATCH]
+            wanted = [(direction, name) for direction in args.directions for name in args.peers] + [("fwd+bwd", None)]
+            compiled = compile_all([Job(cell, direction, name) for cell in batch for direction, name in wanted], args.threads)
+            for cell in batch:
+                try:
+                    write(measure_cell(cell, compiled, args.peers, args.directions, args.rounds))
+                except Exception as e:  # out of memory for the inputs, say: the next cell may still fit
+                    say(f"{cell.name}: {reason_of(e)}")
+        if args.memory:
+            cells = workloads.QUICK_MEMORY if args.quick else workloads.MEMORY
+            write(
+                measure_memory(
+                    cells, [name for name in (peers.OURS, "flashcore_xla") if name in args.peers or not args.quick], args.threads
+                )
+            )
+    say(f"wrote {args.out}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
+
+
+if __name__ == "__main__":
+    main()

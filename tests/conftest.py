@@ -1,0 +1,40 @@
+"""What every test shares: the machine it runs on, the implementations it runs over, and the warnings that are expected."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"  # for shard_map
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest-xdist's workers share the GPU
+
+import jax
+import pytest
+
+IMPLEMENTATIONS = ("xla", "triton")
+EXPECTED_WARNINGS = (
+    "ignore:The Pallas Triton backend:DeprecationWarning",  # JAX deprecated the route; no other warning of JAX's is expected
+    "ignore::flashcore_jax.InterpretWarning",  # on a CPU the kernels are interpreted: that is how they are reached there
+)
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def pytest_configure(config):
+    for line in EXPECTED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+    if hasattr(config, "cache"):  # the second run of the suite compiles nothing anew
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_collection_modifyitems(items):
+    if not on_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="means something on an NVIDIA GPU only"))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> str:
+    """Every implementation by name: `triton` is compiled where there is a GPU, and interpreted elsewhere."""
+    return request.param

@@ -1,0 +1,164 @@
+"""Breaks the package on purpose, one line at a time, and requires that the tests that should notice go red.
+
+    python tests/mutations.py                 every mutation
+    python tests/mutations.py NAME...         some of them
+
+Each mutation edits a copy of the package in a temporary directory and runs the named tests there: all of them must fail, by
+a wrong number (AssertionError) and not by a crash. The same tests must pass in an unedited copy.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Edit(NamedTuple):
+    file: str  # under flashcore_jax/
+    old: str  # occurs exactly once
+    new: str
+
+
+class Mutation(NamedTuple):
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+
+
+def _contract(*workloads: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_contract.py::test_forward_lse_and_gradients[triton-{name}]" for name in workloads)
+
+
+_PLAIN, _CAUSAL, _RATIO = "head dim 40", "two splits, causal, more keys", "head dim 64, causal, 7:1"
+_ONES = "tests/test_semantics.py::test_ones_stay_ones[triton--30-17-100-False-bfloat16]"
+_NOBODY = "tests/test_semantics.py::test_a_row_that_sees_nothing[triton-more queries than keys]"
+_HEADS = "tests/test_semantics.py::test_every_query_head_reads_its_groups_key_value_head[triton-8-2]"
+_POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothing[triton-lengths, causal-nan]"
+_FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
+
+MUTATIONS = {
+    "no mask of key columns": Mutation(
+        (Edit("masks.py", "seen = (i < query_length) & (j < key_length)", "seen = (i < query_length) & (j >= 0)"),),
+        (*_contract(_PLAIN, "lengths"), _ONES),
+    ),
+    "top-left alignment": Mutation(
+        (Edit("masks.py", "seen = (i < query_length) & (j < key_length)", "seen, p = (i < query_length) & (j < key_length), i + 0 * j"),),
+        _contract(_CAUSAL, "window (16, 0)"),
+    ),
+    "query position shifted by one": Mutation(
+        (Edit("masks.py", "seen = (i < query_length) & (j < key_length)", "seen, p = (i < query_length) & (j < key_length), p + 1"),),
+        _contract(_CAUSAL, "window 0"),
+    ),
+    "no left bound of the window": Mutation(
+        (Edit("masks.py", "seen &= j >= p - band.left", "seen &= j >= 0"),),
+        _contract("window (16, 0)", "everything"),
+    ),
+    "one key block too few": Mutation(
+        (Edit("masks.py", "stop = jnp.maximum(first, _blocks_for(jnp.maximum(hi, 0), block))", "stop = jnp.maximum(first, hi // block)"),),
+        _contract(_PLAIN, _CAUSAL),
+    ),
+    "interleaved heads": Mutation(
+        (
+            Edit(
+                _FORWARD,
+                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0))",
+                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
+            ),
+            Edit(
+                _FORWARD,
+                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0))",
+                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
+            ),
+        ),
+        (*_contract(_PLAIN), _HEADS),
+    ),
+    "no rescale": Mutation(
+        (
+            Edit(
+                "online_softmax.py",
+                "rescale = jnp.exp2(partial.running_max - running_max)",
+                "rescale = jnp.where(partial.running_max > running_max, 0.0, 1.0)",
+            ),
+        ),
+        _contract("schedule's own splits", "window 100, causal"),
+    ),
+    "no rescale between splits": Mutation(
+        (Edit("online_softmax.py", "of_total = jnp.exp2(total.running_max - running_max)", "of_total = jnp.ones_like(running_max)"),),
+        _contract("three splits, float32", "three splits, causal"),
+    ),
+    "the lse's cotangent forgotten": Mutation(
+        (Edit(_BACKWARD, ".swapaxes(1, 2) - dlse", ".swapaxes(1, 2)"),),
+        _contract(_PLAIN, _RATIO),
+    ),
+    "one head of the group in dK and dV": Mutation(
+        (Edit(_BACKWARD, "lax.fori_loop(0, problem.G,", "lax.fori_loop(0, min(problem.G, 1),"),),
+        (*_contract(_PLAIN, _RATIO), _HEADS),
+    ),
+    "no slope of the soft cap": Mutation(
+        (Edit("logits.py", "gradient * (1.0 - scores * scores)", "gradient"),),
+        _contract("soft cap 2, causal", "everything"),
+    ),
+    "cotangents of empty rows let in": Mutation(
+        (
+            Edit(
+                _BACKWARD,
+                "is_row = sees_any(queries, query_length, key_length, problem.band) if masked else None",
+                "is_row = queries < problem.T if masked else None",
+            ),
+        ),
+        (_NOBODY, _POISON),
+    ),
+}
+
+
+def run_tests(edits: tuple[Edit, ...], tests: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """Runs `tests` in a copy of the package with `edits` made."""
+    with tempfile.TemporaryDirectory() as copy:
+        copy = pathlib.Path(copy)
+        for folder in ("flashcore_jax", "tests"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for edit in edits:
+            path = copy / "flashcore_jax" / edit.file
+            text = path.read_text()
+            if text.count(edit.old) != 1:
+                raise LookupError(f"{edit.old!r} occurs {text.count(edit.old)} times in {edit.file}: bring the mutation up to date")
+            path.write_text(text.replace(edit.old, edit.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def survives(name: str) -> str | None:
+    """None if every test of the mutation fails by an assertion; else what pytest printed."""
+    mutation = MUTATIONS[name]
+    ran = run_tests(*mutation)
+    failed = re.findall(r"^FAILED .*$", ran.stdout, re.MULTILINE)
+    by_a_number = all(" - AssertionError" in line or " - assert " in line for line in failed)
+    noticed = ran.returncode == 1 and len(failed) == len(mutation.tests) and by_a_number
+    return None if noticed else ran.stdout + ran.stderr
+
+
+def main(names: list[str]) -> int:
+    names = names or list(MUTATIONS)
+    tests = tuple(dict.fromkeys(test for name in names for test in MUTATIONS[name].tests))
+    unedited = run_tests((), tests)
+    if unedited.returncode != 0:
+        print("the tests fail without any mutation:", unedited.stdout, unedited.stderr, sep="\n")
+        return 1
+    print(f"{'no mutation':40} green")
+    survivors = 0
+    for name in names:
+        output = survives(name)
+        survivors += output is not None
+        print(f"{name:40} {'red' if output is None else 'NOT NOTICED by all of its tests' + chr(10) + output}", flush=True)
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""Compiling for a GPU that is not here: the report's facts, its verdicts, and that a compiler that dies is a finding."""
+
+import dataclasses
+import os
+
+import jax
+import pytest
+
+from benchmarks import aot
+
+GPUS = list(aot.TARGETS)
+CAUSAL = next(w for w in aot.WORKLOADS if w.name == "bfloat16 64/64 causal")
+
+
+EVERYTHING = next(w for w in aot.WORKLOADS if w.name == "bfloat16 80/80 everything")
+
+
+class Aborting(aot.Job):
+    def report(self):
+        os.abort()
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H200"])
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+def test_kernels_compile(gpu):
+    (rows,) = aot.compile_all([aot.Job(gpu, CAUSAL)], workers=1)
+    assert [row["kernel"] for row in rows] == ["forward", "dkdv", "dq"]
+    for row in rows:
+        assert not row["fault"], row
+        assert 0 < row["registers"] <= 255
+        assert 0 < row["shared_memory"] <= row["limit"]
+        assert row["threads"] % 128 == 0
+        assert row["tensor_core"] == ("wgmma.mma_async" if gpu == "NVIDIA H200" else "mma.sync")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_kernels_lower(gpu):
+    """No proof of a tile, but it needs no compiler: this is what the oldest and the newest jax are held to."""
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    job = aot.Job(gpu, EVERYTHING)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        text = jax.jit(job.call).trace(job.inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == len(aot.KERNELS)
+    assert all(name in text for name in aot.KERNELS)
+
+
+def test_an_aborting_compiler_costs_one_job():
+    jobs = [Aborting("NVIDIA H200", CAUSAL), Aborting("NVIDIA A100", CAUSAL)]
+    rows = [row for rows in aot.compile_all(jobs, workers=1) for row in rows]
+    assert sorted((row["gpu"], row["fault"]) for row in rows) == [
+        ("NVIDIA A100", "the compiler aborted the process"),
+        ("NVIDIA H200", "the compiler aborted the process"),
+    ]
+
+
+def test_verdicts():
+    job = aot.Job("NVIDIA L4", CAUSAL)
+    fine = {"registers": 128, "spills": 0, "shared_memory": 65536, "threads": 128, "tensor_core": "mma.sync"}
+    report = {"flashcore_forward": fine, "flashcore_dkdv": fine | {"shared_memory": 200_000}}
+    assert [row["fault"] for row in aot.judge(job, report)] == [
+        "",
+        "more shared memory than a block may use",
+        "not among the compiled kernels",
+    ]
+    tile = job.tiles["flashcore_forward"]
+    for reason, fault in (("because", ""), ("", "spills registers, and its tile's `spills` does not say why")):
+        assert aot.fault_of(dataclasses.replace(tile, spills=reason), fine | {"spills": 8}, limit=101376) == fault
+
+
+def test_quick_compiles_every_tile():
+    def tiles(quick):
+        return {
+            (job.gpu.replace("H100", "H200"), name, dataclasses.replace(tile, reason=""))
+            for job in aot.jobs_for(GPUS, quick)
+            for name, tile in job.tiles.items()
+        }
+
+    assert tiles(quick=True) == tiles(quick=False)

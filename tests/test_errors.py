@@ -1,0 +1,154 @@
+"""Every mistake is found when traced, has its type, and its message says what was expected, what came, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flashcore_jax
+from flashcore_jax import ArgumentError, DtypeError, InterpretWarning, OptionError, ShapeError, Unsupported
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lengths(*shape, dtype=jnp.int32):
+    return array(*shape, dtype=dtype)
+
+
+# A right call; each row of the table changes it into a wrong one. Every message holds the words in the last column.
+RIGHT = {"query": array(2, 8, 4, 64), "key": array(2, 16, 2, 64), "value": array(2, 16, 2, 32)}
+
+WRONG = [
+    ("query without batch", {"query": array(8, 4, 64)}, ShapeError, "[B, T, N, H]"),
+    ("key with five axes", {"key": array(1, 2, 16, 2, 64)}, ShapeError, "[B, S, K, H]"),
+    ("value without heads", {"value": array(2, 16, 64)}, ShapeError, "[B, S, K, Hv]"),
+    ("key's length", {"key": array(2, 15, 2, 64)}, ShapeError, "(2, 15, 2, 64)"),
+    ("key's heads", {"key": array(2, 16, 4, 64)}, ShapeError, "(2, 16, 4, 64)"),
+    ("key's head dim", {"key": array(2, 16, 2, 32)}, ShapeError, "(2, 16, 2, 32)"),
+    ("key and value's batch", {"key": array(3, 16, 2, 64), "value": array(3, 16, 2, 64)}, ShapeError, "3"),
+    ("32 heads over 7", {"query": array(2, 8, 32, 64), "key": array(2, 16, 7, 64), "value": array(2, 16, 7, 64)}, ShapeError, "N = 32"),
+    ("fewer query heads", {"query": array(2, 8, 1, 64)}, ShapeError, "N = 1"),
+    ("no queries", {"query": array(2, 0, 4, 64)}, ShapeError, "size 0"),
+    ("no keys", {"key": array(2, 0, 2, 64), "value": array(2, 0, 2, 64)}, ShapeError, "size 0"),
+    ("no rows", {"query": array(0, 8, 4, 64), "key": array(0, 16, 2, 64), "value": array(0, 16, 2, 64)}, ShapeError, "size 0"),
+    ("head dim 4", {"query": array(2, 8, 4, 4), "key": array(2, 16, 2, 4)}, ShapeError, "multiple of 8 from 8 to 256"),
+    ("head dim 65", {"query": array(2, 8, 4, 65), "key": array(2, 16, 2, 65)}, ShapeError, "multiple of 8 from 8 to 256"),
+    ("value's head dim 264", {"value": array(2, 16, 2, 264)}, ShapeError, "multiple of 8 from 8 to 256"),
+    ("a list", {"query": [[1.0]]}, DtypeError, "list"),
+    ("integers", {name: array(*a.shape, dtype=jnp.int8) for name, a in RIGHT.items()}, DtypeError, "int8"),
+    ("float64", {name: jax.core.ShapedArray(a.shape, "float64") for name, a in RIGHT.items()}, DtypeError, "float64"),
+    ("key of another dtype", {"key": array(2, 16, 2, 64, dtype=jnp.float16)}, DtypeError, "float16"),
+    ("value of another dtype", {"value": array(2, 16, 2, 32, dtype=jnp.float32)}, DtypeError, "float32"),
+    ("lengths as a list", {"key_value_seq_lengths": [16, 16]}, DtypeError, "int32"),
+    ("lengths as floats", {"query_seq_lengths": lengths(2, dtype=jnp.float32)}, DtypeError, "int32"),
+    ("lengths of another batch", {"query_seq_lengths": lengths(3)}, ShapeError, "(3,)"),
+    ("one length", {"key_value_seq_lengths": lengths()}, ShapeError, "()"),
+    ("lengths per head", {"key_value_seq_lengths": lengths(2, 4)}, ShapeError, "(2, 4)"),
+    ("is_causal as a number", {"is_causal": 1}, OptionError, "True or False"),
+    ("a window of -1", {"local_window_size": -1}, OptionError, "-1"),
+    ("a window of three", {"local_window_size": (1, 2, 3)}, OptionError, "(left, right)"),
+    ("a window of floats", {"local_window_size": (1.0, 2)}, OptionError, "(left, right)"),
+    ("a window of True", {"local_window_size": True}, OptionError, "(left, right)"),
+    ("scale of infinity", {"scale": float("inf")}, OptionError, "finite"),
+    ("scale as a string", {"scale": "1"}, OptionError, "finite"),
+    ("a soft cap of 0", {"logits_soft_cap": 0.0}, OptionError, "> 0"),
+    ("a soft cap below 0", {"logits_soft_cap": -3.0}, OptionError, "> 0"),
+    ("split_size of 0", {"split_size": 0}, OptionError, "multiple of 128"),
+    ("split_size of 100", {"split_size": 100}, OptionError, "multiple of 128"),
+    ("split_size of 2048.0", {"split_size": 2048.0}, OptionError, "multiple of 128"),
+    ("an unknown precision", {"precision": "double"}, OptionError, "double"),
+    ("a precision of 16 bits", {"precision": jax.lax.DotAlgorithmPreset.F16_F16_F32}, OptionError, "float32"),
+]
+
+
+@pytest.mark.parametrize("function", [flashcore_jax.attention, flashcore_jax.explain], ids=["attention", "explain"])
+@pytest.mark.parametrize(("changed", "error", "words"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_arguments(function, changed, error, words):
+    arguments = RIGHT | changed
+    arrays = {name: a for name, a in arguments.items() if hasattr(a, "shape")}
+    static = {name: a for name, a in arguments.items() if name not in arrays}
+
+    def call(**arrays):
+        return function(**arrays, **static)
+
+    with pytest.raises(error) as raised:
+        jax.eval_shape(call, **arrays) if function is flashcore_jax.attention else call(**arrays)
+    message = str(raised.value)
+    assert words in message
+    assert message.startswith("expected ")
+    assert message.count("; got ") == 1
+    assert message.rindex("; ") > message.index("; got "), "no remedy"
+    assert message.isprintable()
+
+
+def test_the_right_call_is_right():
+    out, lse = jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, return_lse=True), **RIGHT)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 8, 4, 32), jnp.bfloat16, (2, 8, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"local_window_size": 0},
+        {"local_window_size": (3, 0)},
+        {"scale": 2},
+        {"split_size": None},
+        {"split_size": 128},
+        {"precision": "highest"},
+        {"precision": jax.lax.Precision.DEFAULT},
+        {"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3},
+        {"logits_soft_cap": 30},
+        {"query_seq_lengths": lengths(2), "key_value_seq_lengths": lengths(2, dtype=jnp.uint8)},
+        {"query": array(2, 8, 32, 64), "key": array(2, 16, 8, 64), "value": array(2, 16, 8, 64)},
+        {"query": array(2, 8, 4, 256), "key": array(2, 16, 2, 256)},
+    ],
+    ids=str,
+)
+def test_what_looks_odd_and_is_right(implementation, changed):
+    arguments = RIGHT | changed
+    arrays = {name: a for name, a in arguments.items() if hasattr(a, "shape")}
+    static = {name: a for name, a in arguments.items() if name not in arrays}
+    out = jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, **static, implementation=implementation), **arrays)
+    assert out.shape == (*arguments["query"].shape[:3], arguments["value"].shape[3])
+
+
+def test_kinds():
+    for error in (ShapeError, DtypeError, OptionError):
+        assert issubclass(error, ArgumentError)
+    assert issubclass(ArgumentError, ValueError)
+    assert issubclass(Unsupported, NotImplementedError)
+
+
+def test_unknown_implementation():
+    with pytest.raises(OptionError, match="'triton', 'xla'.*got 'cudnn'"):
+        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="cudnn"), **RIGHT)
+
+
+def test_an_old_gpu_is_unsupported():
+    """Traced for a V100: `triton` named raises and says why, None takes another."""
+    device = jax.sharding.AbstractDevice(device_kind="Tesla V100-SXM2-16GB", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        explanation = flashcore_jax.explain(**RIGHT)
+        assert explanation.implementation == "xla"
+        assert "8.0" in explanation.reasons["triton"]
+        with pytest.raises(Unsupported, match="8.0.*implementation=None"):
+            jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="triton"), **RIGHT)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU only")
+def test_interpreting_warns_once():
+    with pytest.warns(InterpretWarning, match="interpreter, slowly") as caught:
+        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="triton"), **RIGHT)
+    assert len(caught) == 1
+    explanation = flashcore_jax.explain(**RIGHT)
+    assert explanation.implementation == "xla"
+    assert "GPU" in explanation.reasons["triton"]
+    assert "xla" in str(explanation)
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_chosen():
+    explanation = flashcore_jax.explain(**RIGHT)
+    assert explanation.implementation == "triton"
+    assert explanation.reasons == {"triton": None, "xla": None}

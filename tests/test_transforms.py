@@ -1,0 +1,240 @@
+"""JAX's transformations: jit, grad, vmap, checkpoint, scan, shard_map, and the derivatives that kernels do not have."""
+
+import collections
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flashcore_jax
+from flashcore_jax import RESIDUAL_NAMES, Unsupported, reference
+from flashcore_jax.testing import GRADIENT_GATE
+
+B, T, S, N, K, H = 4, 17, 33, 4, 2, 32
+LENGTHS = {"query_seq_lengths": jnp.array([17, 9, 0, 16]), "key_value_seq_lengths": jnp.array([33, 12, 20, 0])}
+
+
+def arrays(*batch, seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((*batch, T, N, H), (*batch, S, K, H), (*batch, S, K, H))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def by(implementation, **options):
+    return functools.partial(flashcore_jax.attention, implementation=implementation, is_causal=True, **options)
+
+
+def loss_of(attention):
+    """A scalar with distinct cotangents for out and lse everywhere; rows that see nothing add 0."""
+
+    def loss(*arguments, **options):
+        out, lse = attention(*arguments, return_lse=True, **options)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(jnp.where(jnp.isneginf(lse), jnp.pi / 2, lse)))
+
+    return loss
+
+
+def assert_close(got, expected, calls=1):
+    """Both are right to float32's gate, and the errors of calls one after the other add up."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        error = jnp.sqrt(jnp.mean(jnp.square(a - b)))
+        assert error <= 2 * calls * GRADIENT_GATE["float32"] * jnp.sqrt(jnp.mean(jnp.square(b)))
+
+
+@functools.cache
+def expected_gradients():
+    """From the plain reference."""
+    return jax.jit(jax.grad(loss_of(functools.partial(reference.attention, is_causal=True)), (0, 1, 2)))(*arrays(B), **LENGTHS)
+
+
+def test_jit_of_grad_and_value(implementation):
+    loss = loss_of(by(implementation))
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arrays(B), **LENGTHS)
+    assert_close(gradients, expected_gradients())
+    np.testing.assert_allclose(value, jax.jit(loss)(*arrays(B), **LENGTHS), rtol=2**-19)
+
+
+def test_vjp_called_twice(implementation):
+    """One forward, two pullbacks: linear in the cotangent."""
+    attention = functools.partial(by(implementation), **LENGTHS)
+
+    @jax.jit
+    def pull_twice(*arrays):
+        out, pull = jax.vjp(attention, *arrays)
+        return pull(out), pull(2 * out)
+
+    once, twice = pull_twice(*arrays(B))
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: 2 * x, once), twice)
+
+
+def test_gradient_of_one_argument(implementation):
+    loss = loss_of(by(implementation))
+    gradient = jax.jit(jax.grad(loss, 1))(*arrays(B), **LENGTHS)
+    assert_close(gradient, expected_gradients()[1])
+
+
+def test_lse_without_out(implementation):
+    """A loss of lse alone: out's cotangent is zero, and V's gradient too."""
+
+    def loss(attention, *arrays):
+        lse = attention(*arrays, return_lse=True, **LENGTHS)[1]
+        return jnp.sum(jnp.sin(jnp.where(jnp.isneginf(lse), 0.0, lse)))
+
+    got = jax.jit(jax.grad(functools.partial(loss, by(implementation)), (0, 1, 2)))(*arrays(B))
+    expected = jax.jit(jax.grad(functools.partial(loss, functools.partial(reference.attention, is_causal=True)), (0, 1, 2)))(*arrays(B))
+    assert_close(got, expected)
+    np.testing.assert_array_equal(got[2], 0.0)
+
+
+def test_vmap(implementation):
+    """Over a second batch axis, lengths included."""
+    lengths = {name: jnp.stack([x, x[::-1]]) for name, x in LENGTHS.items()}
+    gradient = jax.grad(loss_of(by(implementation)), (0, 1, 2))
+    got = jax.jit(jax.vmap(gradient))(*arrays(2, B), **lengths)
+    for i in range(2):
+        one = jax.jit(gradient)(*(a[i] for a in arrays(2, B)), **{name: x[i] for name, x in lengths.items()})
+        assert_close(jax.tree.map(lambda x, i=i: x[i], got), one)
+
+
+def test_vmap_over_lengths_alone(implementation):
+    """The same arrays under several lengths."""
+    attention = by(implementation, return_lse=True)
+    lengths = jnp.array([[33] * B, [0] * B, [1, 2, 3, 32]])
+    got = jax.jit(jax.vmap(lambda lengths: attention(*arrays(B), key_value_seq_lengths=lengths)))(lengths)
+    for i in range(3):
+        expected = reference.attention(*arrays(B), is_causal=True, return_lse=True, key_value_seq_lengths=lengths[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], got), expected, rtol=2**-18, atol=2**-18)
+
+
+def test_vmap_over_queries_alone(implementation):
+    """Keys and values shared by the mapped axis; their gradient is the sum over it."""
+    query, key, value = arrays(3)
+    loss = loss_of(by(implementation))
+
+    def total(loss, query, key, value):
+        return jnp.sum(jax.vmap(loss, (0, None, None))(query, key, value))
+
+    got = jax.jit(jax.grad(functools.partial(total, loss), (0, 1, 2)))(query[:, None], key[:1], value[:1])
+    plain = loss_of(functools.partial(reference.attention, is_causal=True))
+    expected = jax.jit(jax.grad(functools.partial(total, plain), (0, 1, 2)))(query[:, None], key[:1], value[:1])
+    assert_close(got, expected)
+
+
+def test_scan_over_layers(implementation):
+    """A stack of layers in lax.scan, differentiated, with and without remat of each."""
+    weights = 0.1 * jax.random.normal(jax.random.key(1), (3, H, H))
+    attention = by(implementation)
+
+    def network(attention, weights, x, remat):
+        def layer(x, w):
+            h = x @ w
+            return x + attention(h, h[:, :, :K], x[:, :, :K]), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, weights)[0] ** 2)
+
+    x = arrays(2)[0]
+    expected = jax.jit(jax.grad(functools.partial(network, functools.partial(reference.attention, is_causal=True)), 0), static_argnums=2)
+    for remat in (False, True):
+        got = jax.jit(jax.grad(functools.partial(network, attention), 0), static_argnums=2)(weights, x, remat)
+        assert_close(got, expected(weights, x, False), calls=len(weights))
+
+
+def kernels(f, *arguments) -> collections.Counter:
+    """How often each Pallas kernel stands in f's program."""
+    counts = collections.Counter()
+
+    def count(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                counts[str(eqn.params.get("name") or eqn.params["name_and_src_info"]).split(" ")[0]] += 1
+                continue
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                    count(getattr(inner, "jaxpr", inner))
+
+    count(jax.make_jaxpr(f)(*arguments).jaxpr)
+    return counts
+
+
+@pytest.mark.parametrize(("saved", "forward_kernels"), [((), 2), (RESIDUAL_NAMES, 1)], ids=["saving nothing", "saving the residuals"])
+def test_remat_policy_avoids_a_second_forward(saved, forward_kernels):
+    """The forward kernel runs again in the backward pass, unless the policy keeps what it named."""
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    def layer(x):
+        return by("triton")(x, x[:, :, :K], x[:, :, :K])
+
+    def loss(layer, x):
+        return jnp.sum(layer(jnp.sin(x)) ** 2)
+
+    x = arrays(1)[0]
+    gradient = jax.grad(functools.partial(loss, jax.checkpoint(layer, policy=policy)))
+    counts = kernels(jax.jit(gradient), x)
+    # Three kernels at least, or nothing was counted: the forward, and two for the backward.
+    assert sum(counts.values()) == forward_kernels + 2, counts
+    assert max(counts.values()) == forward_kernels, counts
+    assert_close(jax.jit(gradient)(x), jax.jit(jax.grad(functools.partial(loss, layer)))(x))
+
+
+@pytest.mark.parametrize("saved", [(), RESIDUAL_NAMES], ids=["saving nothing", "saving the residuals"])
+def test_remat(implementation, saved):
+    loss = jax.checkpoint(loss_of(by(implementation)), policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    assert_close(jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays(B), **LENGTHS), expected_gradients())
+
+
+@pytest.mark.parametrize("over", ["batch", "heads"])
+def test_shard_map(implementation, over):
+    """Two devices, each with its rows or its heads: the gradients of the whole."""
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec, lengths_spec = (P("x"), P("x")) if over == "batch" else (P(None, None, "x"), P())
+    # The interpreter's loops mix varying and unvarying values, which shard_map's check refuses; compiled kernels pass it.
+    check = not (implementation == "triton" and jax.default_backend() == "cpu")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3 + (lengths_spec,) * 2, out_specs=(spec,) * 3, check_vma=check)
+    def gradients(query, key, value, query_lengths, key_lengths):
+        loss = loss_of(by(implementation, query_seq_lengths=query_lengths, key_value_seq_lengths=key_lengths))
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    sharded = (jax.device_put(a, NamedSharding(mesh, spec)) for a in arrays(B))
+    assert_close(gradients(*sharded, *LENGTHS.values()), expected_gradients())
+
+
+# --- derivatives beyond the first reverse one
+
+BEYOND = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1],
+    "jacfwd": lambda f, x: jax.jacfwd(lambda s: f(x * s))(jnp.float32(1.1)),
+    "reverse of reverse": lambda f, x: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(f)(x))))(x),
+    "forward of reverse": lambda f, x: jax.jvp(jax.grad(f), (x,), (jnp.cos(x),))[1],
+}
+
+
+def scalar(attention, x):
+    return loss_of(attention)(x, 0.5 * x[:, :, :K], jnp.sin(x[:, :, :K]))
+
+
+@pytest.mark.parametrize("derivative", BEYOND)
+def test_kernels_have_the_first_reverse_derivative_only(derivative):
+    with pytest.raises(Unsupported, match='implementation="xla"'):
+        jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, by("triton"))))(arrays(1)[0])
+
+
+@pytest.mark.parametrize("derivative", BEYOND)
+def test_xla_has_them_all(derivative):
+    x = arrays(1)[0]
+    options = {"logits_soft_cap": 4.0, "local_window_size": (9, 2)}
+    got = jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, by("xla", **options))))(x)
+    plain = functools.partial(reference.attention, is_causal=True, **options)
+    expected = jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, plain)))(x)
+    # A second derivative adds the products of two first ones: four times their error.
+    error = jnp.sqrt(jnp.mean(jnp.square(got - expected)))
+    assert error <= 8 * GRADIENT_GATE["float32"] * jnp.sqrt(jnp.mean(jnp.square(expected))), error
