@@ -70,7 +70,8 @@ def attention(
     Raises:
       ArgumentError: (a ValueError) shapes, dtypes or options that do not fit, when traced.
       Unsupported: (a NotImplementedError) the named implementation cannot run this call, or its derivative: "triton" has
-        first-order reverse mode, "xla" has every mode and order.
+        first-order reverse mode, "xla" has every mode and order. (`jax.jit` of a `jax.jvp` through "triton" meets JAX's own
+        TypeError about custom_vjp instead.)
 
     Example:
       >>> out = attention(query, key, value, is_causal=True)
@@ -103,7 +104,10 @@ def _lengths(query_length, key_length, problem: Problem):
     """Both lengths as int32[B] where either is given, else ()."""
     if not problem.ragged:
         return ()
-    filled = (jnp.full(problem.B, full, jnp.int32) if given is None else given for given, full in ((query_length, problem.T), (key_length, problem.S)))
+    filled = (
+        jnp.full(problem.B, full, jnp.int32) if given is None else given
+        for given, full in ((query_length, problem.T), (key_length, problem.S))
+    )
     return tuple(jnp.asarray(x).astype(jnp.int32) for x in filled)
 
 
@@ -136,7 +140,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _no_such_derivative(name: str, what: str) -> Unsupported:
-    return Unsupported(f'implementation="{name}" has no {what}: its derivative is a kernel; pass implementation="xla", which has every mode and order')
+    return Unsupported(
+        f'implementation="{name}" has no {what}: its derivative is a kernel; pass implementation="xla", which has every mode and order'
+    )
 
 
 def _kernel_step(step: str):

@@ -39,7 +39,9 @@ def choose(implementation: str | None, problem: Problem) -> str:
         raise OptionError(f"expected implementation to be None or one of {known}; got {implementation!r}; None takes the best one")
     reason = module(implementation).unsupported(problem)
     if reason is not None:
-        raise Unsupported(f'implementation="{implementation}" cannot run this call: {reason}; pass implementation=None to take one that can')
+        raise Unsupported(
+            f'implementation="{implementation}" cannot run this call: {reason}; pass implementation=None to take one that can'
+        )
     if implementation in _NEEDS_GPU and target_gpu() is None:
         warnings.warn(
             f'implementation="{implementation}" runs in Pallas\'s interpreter, slowly: no NVIDIA GPU is in sight',

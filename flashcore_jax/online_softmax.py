@@ -22,17 +22,15 @@ _LOWEST = float(np.finfo(np.float32).min)
 class Partial(NamedTuple):
     """What a range of keys adds up to, for each query row."""
 
-    acc: object  # float32[..., rows, Hv]   sum of 2^(score - running_max) * value
-    row_sum: object  # float32[..., rows]   sum of 2^(score - running_max)
-    running_max: object  # float32[..., rows]   an integer, log2 units
+    acc: tuple  # of float32[..., rows, columns]: sum of 2^(score - running_max) * value, in chunks of its columns
+    row_sum: object  # float32[..., rows]: sum of 2^(score - running_max)
+    running_max: object  # float32[..., rows]: an integer, log2 units
 
 
-def start(rows: tuple[int, ...], value_head_dim: int) -> Partial:
-    return Partial(
-        jnp.zeros((*rows, value_head_dim), jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.full(rows, _LOWEST, jnp.float32),
-    )
+def start(rows: tuple[int, ...], columns: tuple[int, ...]) -> Partial:
+    """Nothing seen yet, for chunks of so many columns."""
+    acc = tuple(jnp.zeros((*rows, width), jnp.float32) for width in columns)
+    return Partial(acc, jnp.zeros(rows, jnp.float32), jnp.full(rows, _LOWEST, jnp.float32))
 
 
 def scaled_exp2(scores, log2_scale: float, shift):
@@ -42,33 +40,26 @@ def scaled_exp2(scores, log2_scale: float, shift):
 
 def update(partial: Partial, scores, log2_scale: float, weigh, scaled_exp2=scaled_exp2) -> Partial:
     """Adds one block of keys. `scores * log2_scale` are the logits in log2 units (log2_scale > 0), -inf where masked;
-    `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32; `scaled_exp2` is
-    the hardware's form of the function above, where there is a faster one."""
+    `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32, chunk by chunk;
+    `scaled_exp2` is the hardware's form of the function above, where there is a faster one."""
     running_max = jnp.maximum(partial.running_max, jnp.ceil(jnp.max(scores, axis=-1) * log2_scale))
     p = scaled_exp2(scores, log2_scale, running_max[..., None])
-    rescale = jnp.exp2(partial.running_max - running_max)
-    return Partial(
-        partial.acc * rescale[..., None] + weigh(p),
-        partial.row_sum * rescale + jnp.sum(p, axis=-1),
-        running_max,
-    )
+    rescale = scaled_exp2(partial.running_max, 1.0, running_max)
+    acc = tuple(a * rescale[..., None] + added for a, added in zip(partial.acc, weigh(p), strict=True))
+    return Partial(acc, partial.row_sum * rescale + jnp.sum(p, axis=-1), running_max)
 
 
 def merge(total: Partial, closed: Partial) -> Partial:
     """Adds a closed partial sum to the total of those before it. An empty one changes nothing, to the bit."""
     running_max = jnp.maximum(total.running_max, closed.running_max)
-    of_total = jnp.exp2(total.running_max - running_max)
-    of_closed = jnp.exp2(closed.running_max - running_max)
-    return Partial(
-        total.acc * of_total[..., None] + closed.acc * of_closed[..., None],
-        total.row_sum * of_total + closed.row_sum * of_closed,
-        running_max,
-    )
+    of_total, of_closed = jnp.exp2(total.running_max - running_max), jnp.exp2(closed.running_max - running_max)
+    acc = tuple(a * of_total[..., None] + b * of_closed[..., None] for a, b in zip(total.acc, closed.acc, strict=True))
+    return Partial(acc, total.row_sum * of_total + closed.row_sum * of_closed, running_max)
 
 
 def finish(total: Partial):
-    """The output, and the natural log of the sum of exponentials: 0 and -inf where no key was seen."""
+    """The output in chunks of its columns, and the natural log of the sum of exponentials: 0 and -inf where no key was seen."""
     empty = total.row_sum == 0.0
-    out = total.acc * (1.0 / jnp.where(empty, 1.0, total.row_sum))[..., None]
+    factor = (1.0 / jnp.where(empty, 1.0, total.row_sum))[..., None]
     lse = (total.running_max + jnp.log2(total.row_sum)) * LN_2
-    return out, jnp.where(empty, -jnp.inf, lse)
+    return tuple(a * factor for a in total.acc), jnp.where(empty, -jnp.inf, lse)

@@ -74,7 +74,13 @@ def problem_of(
         for name, a in arrays.items()
     )
     check(
-        (len(a.shape) == 4, ShapeError, f"{name} of shape {layout[name]}", tuple(a.shape), "add the missing axis, or use jax.vmap for more batch axes")
+        (
+            len(a.shape) == 4,
+            ShapeError,
+            f"{name} of shape {layout[name]}",
+            tuple(a.shape),
+            "add the missing axis, or use jax.vmap for more batch axes",
+        )
         for name, a in arrays.items()
     )
     B, T, N, H = query.shape
@@ -86,7 +92,13 @@ def problem_of(
         (N % max(K, 1) == 0, ShapeError, f"query heads N to be a multiple of key/value heads K = {K}", f"N = {N}", "every key/value head serves N // K query heads in a row"),
     ])  # fmt: skip
     check(
-        (8 <= size <= 256 and size % 8 == 0, ShapeError, f"the head dim of {name} to be a multiple of 8 from 8 to 256", size, "pad it with zeros, and pass scale=1/sqrt(unpadded head dim)")
+        (
+            8 <= size <= 256 and size % 8 == 0,
+            ShapeError,
+            f"the head dim of {name} to be a multiple of 8 from 8 to 256",
+            size,
+            "pad it with zeros, and pass scale=1/sqrt(unpadded head dim)",
+        )
         for name, size in (("query and key", H), ("value", Hv))
     )
     dtype = str(query.dtype)

@@ -3,12 +3,17 @@
 import functools
 
 import chex
+import jax
 import jax.numpy as jnp
 import pytest
 from conftest import on_gpu
 
 import flashcore_jax
-from flashcore_jax.testing import WORKLOADS, assert_right, evaluate, inputs, oracle
+from flashcore_jax.kernels.triton.backward import backward
+from flashcore_jax.kernels.triton.forward import forward
+from flashcore_jax.problem import problem_of
+from flashcore_jax.testing import WORKLOADS, Results, assert_right, evaluate, inputs, oracle
+from flashcore_jax.tuning.tiles import Tile, Tiles
 
 HERE = [w for w in WORKLOADS if on_gpu() or not w.large]
 
@@ -32,3 +37,38 @@ def test_other_inputs(implementation, seed):
     arrays = inputs(workload, seed)
     attention = functools.partial(flashcore_jax.attention, implementation=implementation, split_size=workload.split_size)
     assert_right(evaluate(attention, arrays, **workload.options), oracle(arrays, **workload.options))
+
+
+@pytest.mark.parametrize("workload", [w for w in HERE if w.name in ("everything", "head dim 40, causal, float32")], ids=str)
+@pytest.mark.parametrize(("block_q", "block_k", "heads_fastest"), [(16, 128, True), (128, 32, False), (64, 64, False)])
+def test_any_tile(workload, block_q, block_k, heads_fastest):
+    """The tile is no part of the meaning: every one is right."""
+    w = workload
+    arrays = inputs(w)
+    tile = Tile(block_q, block_k, num_warps=4, num_stages=1, heads_fastest=heads_fastest)
+    options = {name: option for name, option in w.options.items() if option is not None}
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **options)
+    lengths = tuple(jnp.asarray(lengths) for lengths in w.lengths.values() if lengths is not None)
+
+    @jax.jit
+    def run(query, key, value, out_cotangent, lse_cotangent):
+        tiles = Tiles(tile, tile, tile, tile)
+        out, lse = forward(query, key, value, lengths, problem, tiles)
+        cotangents = out_cotangent, lse_cotangent.swapaxes(1, 2)
+        gradients = backward(query, key, value, lengths, out, lse, *cotangents, problem, tiles)
+        return Results(out, lse.swapaxes(1, 2), *gradients)
+
+    assert_right(run(*arrays), oracle(arrays, **w.options))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_xla_is_linear_in_the_length(backward):
+    """Eight times the length takes eight times the memory, and not 64 times; for kernels, test_gpu.py has this."""
+    attention = functools.partial(flashcore_jax.attention, implementation="xla", is_causal=True)
+    f = jax.grad(lambda *arrays: jnp.sum(attention(*arrays) ** 2), (0, 1, 2)) if backward else attention
+
+    def temporary_bytes(T):
+        arrays = [jax.ShapeDtypeStruct((1, T, heads, 64), jnp.float32) for heads in (2, 1, 1)]
+        return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) <= 8.5 * temporary_bytes(1024)

@@ -121,7 +121,7 @@ def test_kinds():
 
 
 def test_unknown_implementation():
-    with pytest.raises(OptionError, match="'triton', 'xla'.*got 'cudnn'"):
+    with pytest.raises(OptionError, match=r"'triton', 'xla'.*got 'cudnn'"):
         jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="cudnn"), **RIGHT)
 
 
@@ -132,7 +132,7 @@ def test_an_old_gpu_is_unsupported():
         explanation = flashcore_jax.explain(**RIGHT)
         assert explanation.implementation == "xla"
         assert "8.0" in explanation.reasons["triton"]
-        with pytest.raises(Unsupported, match="8.0.*implementation=None"):
+        with pytest.raises(Unsupported, match=r"8\.0.*implementation=None"):
             jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="triton"), **RIGHT)
 
 

@@ -65,11 +65,11 @@ def _attend(query, key, value, query_length, key_length, problem: Problem):
                 scores, log2_scale = scores_of(products, p.scale, p.logits_soft_cap)
                 scores = jnp.where(seen(block), scores, -jnp.inf)
                 weigh = functools.partial(jnp.einsum, "bkgqs,bskh->bkgqh", precision=precision, preferred_element_type=jnp.float32)
-                return online_softmax.update(partial, scores, log2_scale, lambda w: weigh(w.astype(v.dtype), v))
+                return online_softmax.update(partial, scores, log2_scale, lambda w: (weigh(w.astype(v.dtype), v),))
 
             return lax.cond(nonempty(block), update, lambda partial: partial, partial), None
 
-        empty = online_softmax.start((p.B, p.K, p.G, q.shape[1]), p.Hv)
+        empty = _varying_like(online_softmax.start((p.B, p.K, p.G, q.shape[1]), (p.Hv,)), q, key, value)
 
         def close(total, blocks):
             return online_softmax.merge(total, lax.scan(visit, empty, blocks)[0]), None
@@ -79,7 +79,8 @@ def _attend(query, key, value, query_length, key_length, problem: Problem):
         closed = count // per_split * per_split
         total, _ = lax.scan(close, empty, jnp.arange(closed).reshape(-1, per_split))
         total = close(total, jnp.arange(closed, count))[0] if closed < count else total
-        return online_softmax.finish(total)
+        (out,), lse = online_softmax.finish(total)
+        return out, lse
 
     out, lse = lax.map(attend_tile, _tiles(query, p))
     is_query = jnp.arange(p.T) < query_length[:, None]
@@ -104,7 +105,8 @@ def _tangent(query, key, value, out, lse, dquery, dkey, dvalue, query_length, ke
     # float32 before the loops: what reverse mode sums over the blocks is then summed in float32.
     key, value, dkey, dvalue = (_blocks(x.astype(jnp.float32)) for x in (key, value, dkey, dvalue))
     query, dquery, out = (x.astype(jnp.float32) for x in (query, dquery, out))
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)[..., None]  # p = 0 where a row sees nothing
+    empty = jnp.isneginf(lse).swapaxes(1, 2)[..., None]
+    lse = jnp.where(empty, jnp.inf, lse.swapaxes(1, 2)[..., None])  # p = 0 where a row sees nothing
     einsum = functools.partial(jnp.einsum, precision=precision)
 
     def tile_tangent(tile):
@@ -130,11 +132,13 @@ def _tangent(query, key, value, out, lse, dquery, dkey, dvalue, query_length, ke
 
         rows = (p.B, p.K, p.G, q.shape[1])
         zeros = jnp.zeros((*rows, p.Hv), jnp.float32), jnp.zeros(rows, jnp.float32)
-        return lax.scan(visit, zeros, jnp.arange(key.shape[0]))[0]
+        return lax.scan(visit, _varying_like(zeros, q, key, value), jnp.arange(key.shape[0]))[0]
 
     acc, row_sum = lax.map(tile_tangent, (_tiles(query, p), _tiles(dquery, p), _tiles(lse, p)))
     row_sum = _untile(row_sum[..., None], p)
-    return _untile(acc, p) - out * row_sum, row_sum[..., 0].swapaxes(1, 2)
+    # Selected, not left to be 0: transposed, this is what keeps a NaN in an empty row's cotangent out of every product.
+    dout = jnp.where(empty, 0.0, _untile(acc, p) - out * row_sum)
+    return dout, jnp.where(empty, 0.0, row_sum)[..., 0].swapaxes(1, 2)
 
 
 def _visibility(first_query, query_length, key_length, p: Problem):
@@ -152,6 +156,12 @@ def _visibility(first_query, query_length, key_length, p: Problem):
         return visible(queries[:, None], keys[None, :], *per_row, p.band)[:, None, None]
 
     return nonempty, seen
+
+
+def _varying_like(start, *arrays):
+    """A loop's start that varies over the mesh axes that the arrays vary over: shard_map checks that a loop keeps them."""
+    zero = sum(0.0 * jnp.isnan(x.ravel()[0]) for x in arrays)
+    return jax.tree.map(lambda x: x + zero, start)
 
 
 def _zero_beyond(x, length):

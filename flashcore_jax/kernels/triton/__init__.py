@@ -17,7 +17,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(query, key, value, lengths, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
-    return _forward(query, key, value, lengths, problem, tiles_for(target_gpu(), problem).forward)
+    return _forward(query, key, value, lengths, problem, tiles_for(target_gpu(), problem))
 
 
 def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem):

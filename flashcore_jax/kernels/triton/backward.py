@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.blocks import Programs, columns_of, padded, round_up, row_lengths
-from flashcore_jax.kernels.triton.launch import dot, launch, load, scaled_exp2, store
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
+from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load, load_chunks, scaled_exp2, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import sees_any, visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
@@ -40,10 +40,10 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
     first_key = key_tile * block_k
     keys = first_key + lax.iota(jnp.int32, block_k)
     is_key = keys < key_length
-    in_h, in_hv = columns_of(problem.H), columns_of(problem.Hv)
+    h, hv = column_chunks(problem.H, tile.widest_chunk), column_chunks(problem.Hv, tile.widest_chunk)
     every_key_exists = not problem.ragged and problem.S % block_k == 0
-    k = load(k_ref, rows=None if every_key_exists else is_key, columns=in_h)
-    v = load(v_ref, rows=None if every_key_exists else is_key, columns=in_hv)
+    k = load_chunks(k_ref, h, rows=None if every_key_exists else is_key)
+    v = load_chunks(v_ref, hv, rows=None if every_key_exists else is_key)
 
     # Scores stand transposed, [keys, queries], so that p and ds are the left operands of their products as they are.
     def visit(group_head, block, carry, masked):
@@ -51,30 +51,31 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
         queries = block * block_q + lax.iota(jnp.int32, block_q)
         # A row that sees nothing has no log-sum-exp, and whatever its cotangent holds must not count.
         is_row = sees_any(queries, query_length, key_length, problem.band) if masked else None
-        at_block = (pl.ds(block * block_q, block_q), group_head, slice(None))
-        q = load(q_ref, at_block, rows=is_row, columns=in_h)
-        scores, log2_scale = scores_of(dot(k, q, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
-        lse = load(lse_ref, (group_head, pl.ds(block * block_q, block_q)), rows=is_row) * LOG2_E
+        at_block = (group_head, pl.ds(block * block_q, block_q))
+        q = load_chunks(q_ref, h, at_block[::-1], is_row)
+        scores, log2_scale = scores_of(dot_chunks(k, q, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
+        lse = load(lse_ref, at_block, rows=is_row) * LOG2_E
         p = scaled_exp2(scores, log2_scale, lse[None, :])
         if masked:
             seen = visible(queries[None, :], keys[:, None], query_length, key_length, problem.band)
             p = jnp.where(seen, p, 0.0)
-        dout = load(dout_ref, at_block, rows=is_row, columns=in_hv)
-        dv += dot(p.astype(dout.dtype), dout, problem.precision)
-        dp = dot(v, dout, problem.precision, contract=(1, 1))
-        delta = load(delta_ref, (group_head, pl.ds(block * block_q, block_q)), rows=is_row)
+        dout = load_chunks(dout_ref, hv, at_block[::-1], is_row)
+        dv = tuple(a + dot(p.astype(x.dtype), x, problem.precision) for a, x in zip(dv, dout, strict=True))
+        dp = dot_chunks(v, dout, problem.precision)
+        delta = load(delta_ref, at_block, rows=is_row)
         ds = times_slope(p * (dp - delta[None, :]), scores, problem.logits_soft_cap)
-        dk += dot(ds.astype(q.dtype), q, problem.precision)
+        dk = tuple(a + dot(ds.astype(x.dtype), x, problem.precision) for a, x in zip(dk, q, strict=True))
         return dk, dv
 
     blocks = visible_blocks(first_key, block_k, key_length, query_length, problem.band.transposed, block_q)
-    zeros = jnp.zeros((block_k, padded(problem.H)), jnp.float32), jnp.zeros((block_k, padded(problem.Hv)), jnp.float32)
+    zeros = tuple(tuple(jnp.zeros((block_k, c.width), jnp.float32) for c in chunks) for chunks in (h, hv))
     dk, dv = lax.fori_loop(0, problem.G, lambda g, carry: _walk(blocks, functools.partial(visit, g), carry), zeros)
+    dk = tuple(chunk * problem.scale for chunk in dk)
     if not every_key_exists:
-        dk, dv = jnp.where(is_key[:, None], dk, 0.0), jnp.where(is_key[:, None], dv, 0.0)
+        dk, dv = (tuple(jnp.where(is_key[:, None], chunk, 0.0) for chunk in x) for x in (dk, dv))
     in_s = None if problem.S % block_k == 0 else keys < problem.S
-    store(dk_ref, dk * problem.scale, rows=in_s, columns=in_h)
-    store(dv_ref, dv, rows=in_s, columns=in_hv)
+    store_chunks(dk_ref, h, dk, in_s)
+    store_chunks(dv_ref, hv, dv, in_s)
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
@@ -84,32 +85,33 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
-    in_h, in_hv = columns_of(problem.H), columns_of(problem.Hv)
+    h, hv = column_chunks(problem.H, tile.widest_chunk), column_chunks(problem.Hv, tile.widest_chunk)
     is_row = sees_any(queries, query_length, key_length, problem.band)
-    q = load(q_ref, rows=is_row, columns=in_h)
-    dout = load(dout_ref, rows=is_row, columns=in_hv)
+    q = load_chunks(q_ref, h, rows=is_row)
+    dout = load_chunks(dout_ref, hv, rows=is_row)
     lse = load(lse_ref, rows=is_row) * LOG2_E
     delta = load(delta_ref, rows=is_row)
 
     def visit(block, dq, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        at_block = (pl.ds(block * block_k, block_k), slice(None))
-        k = load(k_ref, at_block, rows=is_key, columns=in_h)
-        scores, log2_scale = scores_of(dot(q, k, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
+        at_block = (pl.ds(block * block_k, block_k),)
+        k = load_chunks(k_ref, h, at_block, is_key)
+        scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
         p = scaled_exp2(scores, log2_scale, lse[:, None])
         if masked:
             seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
             p = jnp.where(seen, p, 0.0)
-        v = load(v_ref, at_block, rows=is_key, columns=in_hv)
-        dp = dot(dout, v, problem.precision, contract=(1, 1))
+        v = load_chunks(v_ref, hv, at_block, is_key)
+        dp = dot_chunks(dout, v, problem.precision)
         ds = times_slope(p * (dp - delta[:, None]), scores, problem.logits_soft_cap)
-        return dq + dot(ds.astype(k.dtype), k, problem.precision)
+        return tuple(a + dot(ds.astype(x.dtype), x, problem.precision) for a, x in zip(dq, k, strict=True))
 
     blocks = visible_blocks(first_query, block_q, query_length, key_length, problem.band, block_k)
-    dq = _walk(blocks, visit, jnp.zeros((block_q, padded(problem.H)), jnp.float32))
+    dq = _walk(blocks, visit, tuple(jnp.zeros((block_q, c.width), jnp.float32) for c in h))
+    dq = tuple(jnp.where(is_row[:, None], chunk * problem.scale, 0.0) for chunk in dq)
     in_t = None if problem.T % block_q == 0 else queries < problem.T
-    store(dq_ref, jnp.where(is_row[:, None], dq * problem.scale, 0.0), rows=in_t, columns=in_h)
+    store_chunks(dq_ref, h, dq, in_t)
 
 
 def dkdv(operands, problem: Problem, tile: Tile):

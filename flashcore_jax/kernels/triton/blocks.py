@@ -13,25 +13,52 @@ from jax.experimental import pallas as pl
 from flashcore_jax.problem import Problem
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A run of a head dim's columns that a kernel holds as one array: a power of two wide, as Triton asks."""
+
+    start: int
+    width: int
+    used: int  # columns of it that exist
+
+    @property
+    def at(self):
+        return pl.ds(self.start, self.width)
+
+    @property
+    def exist(self):
+        """The mask that hides the padding, or None where there is none."""
+        return None if self.used == self.width else lax.iota(jnp.int32, self.width) < self.used
+
+
+def column_chunks(size: int, widest: int = 256) -> tuple[Columns, ...]:
+    """A head dim as powers of two, the widest first: 128 is one chunk, 192 is 128 + 64, 80 is 64 + 16."""
+    chunks, start = [], 0
+    while start < size:
+        rest = size - start
+        # 16 is the tensor core's smallest depth; below that the chunk is padded.
+        width = min(widest, max(16, 1 << (rest.bit_length() - 1)))
+        chunks.append(Columns(start, width, min(width, rest)))
+        start += width
+    return tuple(chunks)
+
+
 def padded(size: int) -> int:
-    """A head dim as the kernels hold it: a power of two, and at least 16, the tensor core's smallest depth."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def columns_of(size: int):
-    """The mask that hides a head dim's padding, or None where there is none."""
-    return None if padded(size) == size else lax.iota(jnp.int32, padded(size)) < size
+    """The columns that the chunks of a head dim span."""
+    last = column_chunks(size)[-1]
+    return last.start + last.width
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The programs of one launch: `tiles` tiles of `heads` heads of `batch` rows."""
+    """The programs of one launch: `tiles` tiles, from `first_tile` on, of `heads` heads of `batch` rows."""
 
     batch: int
     heads: int
     tiles: int
     heads_fastest: bool
     last_tile_first: bool
+    first_tile: int = 0
 
     @property
     def grid(self) -> tuple[int]:
@@ -44,7 +71,7 @@ class Programs:
         rest, x = lax.div(program, jnp.int32(fast)), lax.rem(program, jnp.int32(fast))
         b, y = lax.div(rest, jnp.int32(slow)), lax.rem(rest, jnp.int32(slow))
         tile, head = (y, x) if self.heads_fastest else (x, y)
-        return b, (self.tiles - 1 - tile if self.last_tile_first else tile), head
+        return b, self.first_tile + (self.tiles - 1 - tile if self.last_tile_first else tile), head
 
     def spec(self, shape: tuple, index) -> pl.BlockSpec:
         """A block spec whose index is `index(batch row, tile, head)`."""
@@ -57,10 +84,10 @@ class Programs:
 
 
 def row_lengths(refs, problem: Problem):
-    """The row's valid queries and keys: from the refs of the lengths, clamped to the arrays, or static."""
-    if not refs:
+    """The row's valid queries and keys: from the first two refs, clamped to the arrays, or static."""
+    if not problem.ragged:
         return problem.T, problem.S
-    query_ref, key_ref = refs
+    query_ref, key_ref, *_ = refs
     return jnp.clip(query_ref[0], 0, problem.T), jnp.clip(key_ref[0], 0, problem.S)
 
 

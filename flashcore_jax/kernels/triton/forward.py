@@ -15,93 +15,121 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Programs, columns_of, padded, round_up, row_lengths
-from flashcore_jax.kernels.triton.launch import dot, launch, load, scaled_exp2, store
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
+from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import visible, visible_blocks
 from flashcore_jax.problem import Problem
-from flashcore_jax.tuning.tiles import Tile
+from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
-def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
-    *length_refs, out_ref, lse_ref = refs
+def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, closes: bool):
+    *more_refs, out_ref, lse_ref = refs
     block_q, block_k = tile.block_q, tile.block_k
-    query_length, key_length = row_lengths(length_refs, problem)
+    query_length, key_length = row_lengths(more_refs, problem)
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
     is_query = queries < query_length
-    in_h, in_hv = columns_of(problem.H), columns_of(problem.Hv)
-    every_row_exists = not problem.ragged and problem.T % block_q == 0
-    q = load(q_ref, rows=None if every_row_exists else is_query, columns=in_h)
+    in_t = None if problem.T % block_q == 0 else queries < problem.T
+    h, hv = column_chunks(problem.H), column_chunks(problem.Hv, tile.widest_chunk)
+    every_row_exists = not problem.ragged and in_t is None
+    q = load_chunks(q_ref, h, rows=None if every_row_exists else is_query)
+    nothing = online_softmax.start((block_q,), tuple(c.width for c in hv))
 
     def visit(block, partial, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        at_block = (pl.ds(block * block_k, block_k), slice(None))
-        k = load(k_ref, at_block, rows=is_key, columns=in_h)
-        scores, log2_scale = scores_of(dot(q, k, problem.precision, contract=(1, 1)), problem.scale, problem.logits_soft_cap)
+        at_block = (pl.ds(block * block_k, block_k),)
+        k = load_chunks(k_ref, h, at_block, is_key)
+        scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
         if masked:
             seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
             scores = jnp.where(seen, scores, -jnp.inf)
-        v = load(v_ref, at_block, rows=is_key, columns=in_hv)
-        weigh = lambda p: dot(p.astype(v.dtype), v, problem.precision)  # noqa: E731
+        v = load_chunks(v_ref, hv, at_block, is_key)
+
+        def weigh(p):
+            return [dot(p.astype(chunk.dtype), chunk, problem.precision) for chunk in v]
+
         return online_softmax.update(partial, scores, log2_scale, weigh, scaled_exp2)
 
     blocks = visible_blocks(first_query, block_q, query_length, key_length, problem.band, block_k)
 
     def visit_all(start, stop):
-        partial = online_softmax.start((block_q,), padded(problem.Hv))
         unmasked_start = jnp.clip(blocks.unmasked_start, start, stop)
         unmasked_stop = jnp.clip(blocks.unmasked_stop, start, stop)
+        partial = nothing
         if problem.band.left is not None:  # only a left bound cuts blocks before the unmasked ones
             partial = lax.fori_loop(start, unmasked_start, functools.partial(visit, masked=True), partial)
         partial = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), partial)
         return lax.fori_loop(unmasked_stop, stop, functools.partial(visit, masked=True), partial)
 
-    if problem.split_size is None or problem.S <= problem.split_size:
+    if not closes:
         total = visit_all(blocks.start, blocks.stop)
     else:
-        blocks_per_split = problem.split_size // block_k
+        per_split = problem.split_size // block_k
 
         def close(split, total):
-            start = jnp.maximum(blocks.start, split * blocks_per_split)
-            stop = jnp.minimum(blocks.stop, (split + 1) * blocks_per_split)
-            return online_softmax.merge(total, visit_all(start, stop))
+            closed = visit_all(jnp.maximum(blocks.start, split * per_split), jnp.minimum(blocks.stop, (split + 1) * per_split))
+            return online_softmax.merge(total, closed)
 
-        first = lax.div(blocks.start, jnp.int32(blocks_per_split))
-        stop = lax.div(blocks.stop + (blocks_per_split - 1), jnp.int32(blocks_per_split))
-        total = lax.fori_loop(first, stop, close, online_softmax.start((block_q,), padded(problem.Hv)))
+        first_split = lax.div(blocks.start, jnp.int32(per_split))
+        end_split = lax.div(blocks.stop + (per_split - 1), jnp.int32(per_split))
+        total = lax.fori_loop(first_split, end_split, close, nothing)
 
     out, lse = online_softmax.finish(total)
     if not every_row_exists:
-        out = jnp.where(is_query[:, None], out, 0.0)
+        out = tuple(jnp.where(is_query[:, None], chunk, 0.0) for chunk in out)
         lse = jnp.where(is_query, lse, -jnp.inf)
-    in_t = None if problem.T % block_q == 0 else queries < problem.T
-    store(out_ref, out, rows=in_t, columns=in_hv)
+    store_chunks(out_ref, hv, out, in_t)
     store(lse_ref, lse, rows=in_t)
 
 
-def forward(query, key, value, lengths, problem: Problem, tile: Tile):
-    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]; `lengths` is () or two int32[B]."""
+def forward(query, key, value, lengths, problem: Problem, tiles: Tiles):
+    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]; `lengths` is () or two int32[B].
+
+    Queries that see keys of the first split alone close nothing, and take the tile that has the registers for itself.
+    """
+    if problem.split_size is None or problem.S <= problem.split_size:
+        return _launch(query, key, value, lengths, (), problem, tiles.forward, closes=False)
+    boundary = _queries_within_first_split(problem)
+    boundary -= boundary % max(tiles.forward.block_q, tiles.closing.block_q)
+    begun = _launch(query, key, value, lengths, (), problem, tiles.forward, closes=False, stop=boundary) if boundary else ()
+    return _launch(query, key, value, lengths, begun, problem, tiles.closing, closes=True, start=boundary)
+
+
+def _queries_within_first_split(p: Problem) -> int:
+    if p.ragged or p.band.right is None:
+        return 0
+    return max(0, p.split_size - p.band.right - (p.S - p.T))
+
+
+def _launch(query, key, value, lengths, begun, problem: Problem, tile: Tile, *, closes: bool, start: int = 0, stop: int | None = None):
+    """The queries from start to stop; `begun` is () or an output and log-sum-exp to write into."""
     p, block_q = problem, tile.block_q
-    programs = Programs(p.B, p.N, pl.cdiv(p.T, block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
+    first_tile, end_tile = start // block_q, pl.cdiv(p.T if stop is None else stop, block_q)
+    programs = Programs(
+        p.B, p.N, end_tile - first_tile, tile.heads_fastest, last_tile_first=p.band.right is not None, first_tile=first_tile
+    )
     S = round_up(p.S, tile.block_k)
+    in_specs = [
+        programs.spec((None, block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
+        programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
+        programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
+        *[programs.row_spec] * len(lengths),
+    ]
+    out_specs = [
+        programs.spec((None, block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),
+        programs.spec((None, None, block_q), lambda b, t, n: (b, n, t)),
+    ]
     return launch(
-        functools.partial(_kernel, problem=p, tile=tile, programs=programs),
-        query, key, value, *lengths,
-        name="flashcore_forward",
+        functools.partial(_kernel, problem=p, tile=tile, programs=programs, closes=closes),
+        *(query, key, value, *lengths, *begun),
+        name="flashcore_forward_closing" if closes else "flashcore_forward",
         grid=programs.grid,
-        in_specs=[
-            programs.spec((None, block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
-            programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
-            programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
-            *[programs.row_spec] * len(lengths),
-        ],
-        out_specs=[
-            programs.spec((None, block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),
-            programs.spec((None, None, block_q), lambda b, t, n: (b, n, t)),
-        ],
+        in_specs=in_specs + out_specs * bool(begun),
+        out_specs=out_specs,
         out_shape=[((p.B, p.T, p.N, p.Hv), query.dtype), ((p.B, p.N, p.T), jnp.float32)],
+        aliases={len(in_specs) + i: i for i in range(len(begun))},
         tile=tile,
-    )  # fmt: skip
+    )

@@ -5,6 +5,7 @@ Loads and stores are masked wherever they can leave the array: an unmasked one t
 extents are rounded up to whole blocks for the same reason in the interpreter, which clamps a slice that leaves its ref.
 """
 
+import functools
 import struct
 import warnings
 
@@ -25,8 +26,10 @@ _DOT_PRECISION = {
 }
 
 
-def launch(kernel, *operands, name: str, grid: tuple[int, ...], in_specs, out_specs, out_shape, tile):
-    """Runs `kernel` on `operands`: compiled for the GPU in sight, interpreted where there is none."""
+def launch(kernel, *operands, name: str, grid: tuple[int, ...], in_specs, out_specs, out_shape, tile, aliases=None):
+    """Runs `kernel` on `operands`: compiled for the GPU in sight, interpreted where there is none.
+
+    `aliases` maps an operand's number to that of the output which takes over its memory."""
     call = pl.pallas_call(
         kernel,
         grid=grid,
@@ -35,6 +38,7 @@ def launch(kernel, *operands, name: str, grid: tuple[int, ...], in_specs, out_sp
         out_shape=[_varying_like(operands[0], *s) for s in out_shape],
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=target_gpu() is None,
+        input_output_aliases=aliases or {},
         name=name,
     )
     with warnings.catch_warnings():
@@ -49,9 +53,21 @@ def load(ref, index=..., rows=None, columns=None, fill=0.0):
     return plgpu.load(ref, mask=mask, other=None if mask is None else jnp.asarray(fill, ref.dtype))
 
 
-def store(ref, value, rows=None, columns=None):
-    """Stores `value` where the masks over its rows and columns say yes, rounded to the ref's dtype."""
-    plgpu.store(ref, value.astype(ref.dtype), mask=_mask(value.shape, rows, columns))
+def load_chunks(ref, chunks, index=(), rows=None):
+    """The rows of ref[index] in chunks of their columns; `index` ends with the rows, or is () for all of them."""
+    index = index or (slice(None),)
+    return tuple(load(ref, (*index, c.at), rows, c.exist) for c in chunks)
+
+
+def store(ref, value, index=..., rows=None, columns=None):
+    """Stores `value`, rounded to the ref's dtype, where the masks over its rows and columns say yes."""
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=_mask(value.shape, rows, columns))
+
+
+def store_chunks(ref, chunks, values, rows=None):
+    """Stores an array that is held in chunks of its columns into all of ref."""
+    for c, value in zip(chunks, values, strict=True):
+        store(ref, value, (slice(None), c.at), rows, c.exist)
 
 
 def dot(a, b, precision: str, *, contract=(1, 0)):
@@ -63,6 +79,11 @@ def dot(a, b, precision: str, *, contract=(1, 0)):
     return lax.dot_general(a, b, dimensions, precision=how, preferred_element_type=jnp.float32)
 
 
+def dot_chunks(a, b, precision: str):
+    """a @ b^T, for two matrices that are held in chunks of their columns."""
+    return functools.reduce(lambda x, y: x + y, (dot(x, y, precision, contract=(1, 1)) for x, y in zip(a, b, strict=True)))
+
+
 def scaled_exp2(scores, log2_scale: float, shift):
     """`online_softmax.scaled_exp2` in two instructions instead of six.
 
@@ -71,13 +92,40 @@ def scaled_exp2(scores, log2_scale: float, shift):
     """
     if target_gpu() is None:
         return online_softmax.scaled_exp2(scores, log2_scale, shift)
-    scale = struct.pack(">f", log2_scale).hex()
-    asm = f"{{ .reg .f32 x; neg.f32 x, $2; fma.rn.f32 x, $1, 0f{scale}, x; ex2.approx.ftz.f32 $0, x; }}"
-    result = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
-    (p,) = plgpu.elementwise_inline_asm(
-        asm, args=[scores, jnp.broadcast_to(shift, scores.shape)], constraints="=r,r,r", pack=1, result_shape_dtypes=[result]
+    return _asm(f"neg.f32 x, $2; fma.rn.f32 x, $1, {_literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;", scores, shift)
+
+
+def tanh_for(dtype: str):
+    """tanh of float32, good enough for scores of products of this dtype.
+
+    The libdevice function branches and takes registers. 1 - 2 / (2^(2 log2(e) x) + 1) is off by 2^-22 of 1 at most: far
+    inside the rounding of 16-bit probabilities, and too much for float32 ones.
+    """
+    if target_gpu() is None or dtype == "float32":
+        return jnp.tanh
+    two_log2_e = _literal(2.0 * online_softmax.LOG2_E)
+    return functools.partial(
+        _asm,
+        f"mul.f32 x, $1, {two_log2_e}; ex2.approx.ftz.f32 x, x; add.f32 x, x, {_literal(1.0)}; "
+        f"rcp.approx.ftz.f32 x, x; fma.rn.f32 $0, x, {_literal(-2.0)}, {_literal(1.0)};",
     )
-    return p
+
+
+def _asm(instructions: str, *args):
+    """PTX on each element of float32 arrays that broadcast to the first: $0 is the result, $1 ... the arguments, x a register."""
+    shape = args[0].shape
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{{ .reg .f32 x; {instructions} }}",
+        args=[jnp.broadcast_to(a, shape) for a in args],
+        constraints=",".join(["=r", *["r"] * len(args)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
+
+
+def _literal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex()
 
 
 def _mask(shape, rows, columns):
