@@ -97,7 +97,11 @@ def _tokamax():
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu, triton
 
+    from absl import flags
+
     logging.getLogger("absl").setLevel(logging.ERROR)  # one line for every autotuning-cache miss
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tokamax"])  # it reads flags at its first call, and would parse this program's command line for them
     if not hasattr(pl, "dot"):
         pl.dot = triton.dot
     kernel = mosaic_gpu.kernel
