@@ -94,10 +94,9 @@ def _tokamax():
         import tokamax
     except ImportError as e:
         raise Declined(f"not installed ({e})") from e
+    from absl import flags
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu, triton
-
-    from absl import flags
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # one line for every autotuning-cache miss
     if not flags.FLAGS.is_parsed():
