@@ -92,8 +92,8 @@ device_description_str: "{name}"
 
 
 @functools.cache
-def mesh_for(gpu: str):
-    """A mesh of one device of the named kind."""
+def mesh_for(gpu: str, devices: int = 1):
+    """A mesh of devices of the named kind on one axis, "x"."""
     target, known = TARGETS[gpu], gpu_of(gpu)
     major, minor = known.capability
     config = _TARGET_CONFIG.format(
@@ -101,8 +101,8 @@ def mesh_for(gpu: str):
         features="ACCELERATED_FEATURES" if major >= 9 else "NONE",
         block=known.shared_memory, core=known.shared_memory + 1024,  # the driver keeps 1 KiB of each multiprocessor's
     )  # fmt: skip
-    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{devices}")
+    return topologies.make_mesh(topo=topology, mesh_shape=(devices,), axis_names=("x",))
 
 
 def compile_for(fn, *args, gpu: str, dump: str | None = None) -> jax.stages.Compiled:

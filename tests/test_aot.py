@@ -1,11 +1,18 @@
 """Compiling for a GPU that is not here: the report's facts, its verdicts, and that a compiler that dies is a finding."""
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import flashcore_jax
 from benchmarks import aot
 from flashcore_jax.tuning.gpus import gpu_of
 
@@ -32,6 +39,32 @@ def test_kernels_compile(gpu):
         assert 0 < row["shared_memory"] <= row["limit"]
         assert row["threads"] % 128 == 0
         assert row["tensor_core"] == ("wgmma.mma_async" if gpu == "NVIDIA H200" else "mma.sync")
+
+
+def program_for_two_gpus(spec) -> str:
+    mesh = aot.mesh_for("NVIDIA H200", devices=2)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
+    def gradients(*arrays):
+        out_of = functools.partial(flashcore_jax.attention, is_causal=True, implementation="triton")
+        return jax.grad(lambda *arrays: jnp.sum(out_of(*arrays).astype(jnp.float32)), (0, 1, 2))(*arrays)
+
+    shapes = ((2, 1024, heads, 64) for heads in (8, 2, 2))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return gradients.lower(*arrays).compile().as_text()
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+def test_two_gpus_of_a_shard_map_exchange_nothing(spec):
+    """Forward and backward for two H200s, with shard_map's checks on; test_transforms.py has the numbers, on four CPUs."""
+    # In a process of its own: here JAX has already looked for GPUs, and a machine without one then has no compiler for them.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
+        program = pool.submit(program_for_two_gpus, spec).result()
+    assert program.count("__gpu$xla.gpu.triton") >= 3
+    assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
 @pytest.mark.parametrize("gpu", GPUS)
