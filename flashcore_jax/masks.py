@@ -87,12 +87,13 @@ def visible_blocks(start, size: int, own_length, other_length, band: Band, block
     if band.right is not None:
         hi = jnp.minimum(hi, last + shift + band.right + 1)
         unmasked_hi = jnp.minimum(hi, start + shift + band.right + 1)
-    first = lax.div(lo, jnp.int32(block))
-    stop = jnp.maximum(first, _blocks_for(jnp.maximum(hi, 0), block))
-    unmasked_first = jnp.clip(_blocks_for(unmasked_lo, block), first, stop)
-    unmasked_stop = jnp.clip(lax.div(jnp.maximum(unmasked_hi, 0), jnp.int32(block)), unmasked_first, stop)
+    first = quotient(lo, block)
+    stop = jnp.maximum(first, quotient(jnp.maximum(hi, 0) + (block - 1), block))
+    unmasked_first = jnp.clip(quotient(unmasked_lo + (block - 1), block), first, stop)
+    unmasked_stop = jnp.clip(quotient(jnp.maximum(unmasked_hi, 0), block), unmasked_first, stop)
     return BlockRange(first, unmasked_first, unmasked_stop, stop)
 
 
-def _blocks_for(length, block: int):
-    return lax.div(length + jnp.int32(block - 1), jnp.int32(block))
+def quotient(x, n: int):
+    """x // n for integers x >= 0, in x's dtype. Pallas's Triton lowering (jax 0.11.2) has no `//`: it mistypes the sign."""
+    return lax.div(x, jnp.asarray(n, x.dtype))

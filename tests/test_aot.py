@@ -67,12 +67,12 @@ def test_two_gpus_of_a_shard_map_exchange_nothing(spec):
     assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_kernels_lower(gpu):
+@pytest.mark.parametrize(("gpu", "x64"), [*((gpu, False) for gpu in GPUS), ("NVIDIA H200", True)])
+def test_kernels_lower(gpu, x64):
     """No proof of a tile, but it needs no compiler: this is what the oldest and the newest jax are held to."""
     device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
     job = aot.Job(gpu, EVERYTHING)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)), jax.enable_x64(x64):
         text = jax.jit(job.call).trace(job.inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") >= 3
     assert all(name in text for name in ("flashcore_forward_closing", "flashcore_dkdv", "flashcore_dq"))

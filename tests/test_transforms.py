@@ -92,6 +92,20 @@ def test_lse_without_out(implementation):
     np.testing.assert_array_equal(got[2], 0.0)
 
 
+def test_under_x64(implementation):
+    """Python's integers are 64 bits wide then, and those of the kernels are not; what comes out keeps its dtype."""
+    query, key, value = (
+        jax.random.normal(k, (1, 150, n, H)) for k, n in zip(jax.random.split(jax.random.key(3), 3), (2, 1, 1), strict=True)
+    )
+    loss = loss_of(by(implementation, local_window_size=(140, 0), split_size=128, key_value_seq_lengths=jnp.array([140], jnp.int32)))
+    gradients = jax.grad(loss, (0, 1, 2))
+    expected = jax.jit(gradients)(query, key, value)
+    with jax.enable_x64(True):
+        got = jax.jit(gradients)(query, key, value)
+    chex.assert_type(got, jnp.float32)
+    assert_close(got, expected)
+
+
 def test_vmap(implementation):
     """Over a second batch axis, lengths included."""
     lengths = {name: jnp.stack([x, x[::-1]]) for name, x in LENGTHS.items()}

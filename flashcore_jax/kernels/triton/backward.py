@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load, load_chunks, scaled_exp2, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of, times_slope
-from flashcore_jax.masks import sees_any, visible, visible_blocks
+from flashcore_jax.masks import quotient, sees_any, visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.tiles import Tile, Tiles
@@ -69,7 +69,7 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
 
     blocks = visible_blocks(first_key, block_k, key_length, query_length, problem.band.transposed, block_q)
     zeros = tuple(tuple(jnp.zeros((block_k, c.width), jnp.float32) for c in chunks) for chunks in (h, hv))
-    dk, dv = lax.fori_loop(0, problem.G, lambda g, carry: _walk(blocks, functools.partial(visit, g), carry), zeros)
+    dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(problem.G), lambda g, carry: _walk(blocks, functools.partial(visit, g), carry), zeros)
     dk = tuple(chunk * problem.scale for chunk in dk)
     if not every_key_exists:
         dk, dv = (tuple(jnp.where(is_key[:, None], chunk, 0.0) for chunk in x) for x in (dk, dv))
@@ -140,7 +140,7 @@ def dq(operands, problem: Problem, tile: Tile):
     programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
     S = round_up(p.S, tile.block_k)
     own = [programs.spec((None, tile.block_q, None, padded(size)), lambda b, t, n: (b, t, n, 0)) for size in (p.H, p.Hv)]
-    group = [programs.spec((None, S, None, padded(size)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)) for size in (p.H, p.Hv)]
+    group = [programs.spec((None, S, None, padded(size)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)) for size in (p.H, p.Hv)]
     statistic = programs.spec((None, None, tile.block_q), lambda b, t, n: (b, n, t))
     (gradient,) = launch(
         functools.partial(_dq_kernel, problem=p, tile=tile, programs=programs),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flashcore_jax.masks import quotient
 from flashcore_jax.problem import Problem
 
 
@@ -68,8 +69,8 @@ class Programs:
         """The (batch row, tile, head) of a program number."""
         fast = self.heads if self.heads_fastest else self.tiles
         slow = self.tiles if self.heads_fastest else self.heads
-        rest, x = lax.div(program, jnp.int32(fast)), lax.rem(program, jnp.int32(fast))
-        b, y = lax.div(rest, jnp.int32(slow)), lax.rem(rest, jnp.int32(slow))
+        rest, b = quotient(program, fast), quotient(program, fast * slow)
+        x, y = program - rest * fast, rest - b * slow
         tile, head = (y, x) if self.heads_fastest else (x, y)
         return b, self.first_tile + (self.tiles - 1 - tile if self.last_tile_first else tile), head
 

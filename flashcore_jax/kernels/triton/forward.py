@@ -18,7 +18,7 @@ from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of
-from flashcore_jax.masks import visible, visible_blocks
+from flashcore_jax.masks import quotient, visible, visible_blocks
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
@@ -73,8 +73,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
             closed = visit_all(jnp.maximum(blocks.start, split * per_split), jnp.minimum(blocks.stop, (split + 1) * per_split))
             return online_softmax.merge(total, closed)
 
-        first_split = lax.div(blocks.start, jnp.int32(per_split))
-        end_split = lax.div(blocks.stop + (per_split - 1), jnp.int32(per_split))
+        first_split, end_split = quotient(blocks.start, per_split), quotient(blocks.stop + (per_split - 1), per_split)
         total = lax.fori_loop(first_split, end_split, close, nothing)
 
     out, lse = online_softmax.finish(total)
@@ -114,8 +113,8 @@ def _launch(query, key, value, lengths, begun, problem: Problem, tile: Tile, *, 
     S = round_up(p.S, tile.block_k)
     in_specs = [
         programs.spec((None, block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
-        programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
-        programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0)),
+        programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
+        programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
         *[programs.row_spec] * len(lengths),
     ]
     out_specs = [
