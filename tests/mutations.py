@@ -59,19 +59,25 @@ MUTATIONS = {
         _contract("window (16, 0)", "everything"),
     ),
     "one key block too few": Mutation(
-        (Edit("masks.py", "stop = jnp.maximum(first, _blocks_for(jnp.maximum(hi, 0), block))", "stop = jnp.maximum(first, hi // block)"),),
+        (
+            Edit(
+                "masks.py",
+                "stop = jnp.maximum(first, quotient(jnp.maximum(hi, 0) + (block - 1), block))",
+                "stop = jnp.maximum(first, hi // block)",
+            ),
+        ),
         _contract(_PLAIN, _CAUSAL),
     ),
     "interleaved heads": Mutation(
         (
             Edit(
                 _FORWARD,
-                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0))",
+                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0))",
                 "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
             ),
             Edit(
                 _FORWARD,
-                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.div(n, p.G), 0))",
+                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0))",
                 "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
             ),
         ),
@@ -90,7 +96,7 @@ MUTATIONS = {
         _contract(_PLAIN, _RATIO),
     ),
     "one head of the group in dK and dV": Mutation(
-        (Edit(_BACKWARD, "lax.fori_loop(0, problem.G,", "lax.fori_loop(0, min(problem.G, 1),"),),
+        (Edit(_BACKWARD, "lax.fori_loop(jnp.int32(0), jnp.int32(problem.G),", "lax.fori_loop(jnp.int32(0), jnp.int32(1),"),),
         (*_contract(_PLAIN, _RATIO), _HEADS),
     ),
     "no slope of the soft cap": Mutation(
