@@ -1,8 +1,8 @@
 """Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
 
     python -m benchmarks.run --board prefill --memory --out benchmarks/results/NAME.jsonl
-    python -m benchmarks.run --cells P1,P2 --peers flashcore,cudnn --out /tmp/x.jsonl
-    python -m benchmarks.run --quick --memory --out /tmp/x.jsonl          # tiny cells, also on a CPU
+    python -m benchmarks.run --cells P1,P2 --peers flashcore,cudnn --out x.jsonl
+    python -m benchmarks.run --quick --memory --out x.jsonl          # tiny cells, also on a CPU
 
 One JSON object per line, appended and flushed as it is found, so that a run that is stopped leaves what it had:
     run      device, versions, date: the other lines name it by `run`
@@ -74,7 +74,8 @@ def describe_run(quick: bool, argv) -> dict:
     return {
         "kind": "run", "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "date": now.date().isoformat(), "quick": quick, "commit": commit,
         "device": device.device_kind, "platform": device.platform,
-        "versions": {"python": platform.python_version()} | {k: v for k, v in versions.items() if v}, "command": " ".join(["python -m benchmarks.run", *argv]),
+        "versions": {"python": platform.python_version()} | {k: v for k, v in versions.items() if v},
+        "command": " ".join(["python -m benchmarks.run", *(pathlib.Path(a).name if "/" in a else a for a in argv)]),
     }  # fmt: skip
 
 
