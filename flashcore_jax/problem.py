@@ -125,6 +125,8 @@ def problem_of(
         (logits_soft_cap is None or (_is_real(logits_soft_cap) and 0 < logits_soft_cap < math.inf), OptionError, "logits_soft_cap to be None or a finite number > 0", logits_soft_cap, "None turns it off"),
         (split_size is None or (_is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each schedule choose"),
     ])  # fmt: skip
+    if sides is not None:  # a side that no pair of this call reaches is no bound, and may not fit 32 bits
+        sides = tuple(None if side >= T + S else int(side) for side in sides)
     return Problem(
         B=B, T=T, S=S, N=N, K=K, H=H, Hv=Hv, dtype=dtype,
         band=Band.of(is_causal, sides),

@@ -242,6 +242,17 @@ def test_scale_of_zero_is_the_mean(implementation):
     np.testing.assert_array_equal(results.dquery, 0.0)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_window_wider_than_the_call_is_no_window(implementation, is_causal):
+    """Even one that no 32-bit integer holds."""
+    arrays = inputs(workload(17, 33, H=16))[:3]
+    run = jax.jit(functools.partial(attention_by(implementation), is_causal=is_causal), static_argnames="local_window_size")
+    for window in (2**40, (50, 2**40), (2**63, 49 if not is_causal else 0)):
+        expected = run(*arrays, local_window_size=(50, 50))  # T + S
+        chex.assert_trees_all_equal(run(*arrays, local_window_size=window), expected)
+    chex.assert_trees_all_equal(expected, run(*arrays))
+
+
 def test_options_default_to_none(implementation):
     """Full lengths and a window over everything mean the same as none; the scale's default is 1 / sqrt(H)."""
     w = workload(33, 65, B=2, dtype="float32")
