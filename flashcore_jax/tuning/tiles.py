@@ -24,7 +24,6 @@ class Tile:
     num_warps: int
     num_stages: int
     heads_fastest: bool = True
-    widest_chunk: int = 256  # the accumulators' columns are held in powers of two up to this
     reason: str = ""
     spills: str = ""
 

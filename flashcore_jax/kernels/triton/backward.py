@@ -40,7 +40,7 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
     first_key = key_tile * block_k
     keys = first_key + lax.iota(jnp.int32, block_k)
     is_key = keys < key_length
-    h, hv = column_chunks(problem.H, tile.widest_chunk), column_chunks(problem.Hv, tile.widest_chunk)
+    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
     every_key_exists = not problem.ragged and problem.S % block_k == 0
     k = load_chunks(k_ref, h, rows=None if every_key_exists else is_key)
     v = load_chunks(v_ref, hv, rows=None if every_key_exists else is_key)
@@ -85,7 +85,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
-    h, hv = column_chunks(problem.H, tile.widest_chunk), column_chunks(problem.Hv, tile.widest_chunk)
+    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
     is_row = sees_any(queries, query_length, key_length, problem.band)
     q = load_chunks(q_ref, h, rows=is_row)
     dout = load_chunks(dout_ref, hv, rows=is_row)

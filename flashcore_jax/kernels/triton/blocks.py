@@ -32,13 +32,13 @@ class Columns:
         return None if self.used == self.width else lax.iota(jnp.int32, self.width) < self.used
 
 
-def column_chunks(size: int, widest: int = 256) -> tuple[Columns, ...]:
+def column_chunks(size: int) -> tuple[Columns, ...]:
     """A head dim as powers of two, the widest first: 128 is one chunk, 192 is 128 + 64, 80 is 64 + 16."""
     chunks, start = [], 0
     while start < size:
         rest = size - start
         # 16 is the tensor core's smallest depth; below that the chunk is padded.
-        width = min(widest, max(16, 1 << (rest.bit_length() - 1)))
+        width = max(16, 1 << (rest.bit_length() - 1))
         chunks.append(Columns(start, width, min(width, rest)))
         start += width
     return tuple(chunks)

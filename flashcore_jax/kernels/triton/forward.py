@@ -32,7 +32,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
     queries = first_query + lax.iota(jnp.int32, block_q)
     is_query = queries < query_length
     in_t = None if problem.T % block_q == 0 else queries < problem.T
-    h, hv = column_chunks(problem.H), column_chunks(problem.Hv, tile.widest_chunk)
+    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
     every_row_exists = not problem.ragged and in_t is None
     q = load_chunks(q_ref, h, rows=None if every_row_exists else is_query)
     nothing = online_softmax.start((block_q,), tuple(c.width for c in hv))
