@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flashcore_jax import implementations
-from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query
+from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.errors import Unsupported
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, problem_of
 
@@ -15,7 +15,7 @@ from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, p
 def attention(
     query: Query,
     key: Key,
-    value: Key,
+    value: Value,
     *,
     is_causal: bool = False,
     scale: float | None = None,

@@ -95,5 +95,5 @@ def visible_blocks(start, size: int, own_length, other_length, band: Band, block
 
 
 def quotient(x, n: int):
-    """x // n for integers x >= 0, in x's dtype. Pallas's Triton lowering (jax 0.11.2) has no `//`: it mistypes the sign."""
+    """x // n for integers x >= 0, in x's dtype: one division, where `//` also corrects for signs."""
     return lax.div(x, jnp.asarray(n, x.dtype))
