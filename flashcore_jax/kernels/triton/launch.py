@@ -98,8 +98,9 @@ def scaled_exp2(scores, log2_scale: float, shift):
 def tanh_for(dtype: str):
     """tanh of float32, good enough for scores of products of this dtype.
 
-    The libdevice function branches and takes registers. 1 - 2 / (2^(2 log2(e) x) + 1) is within 2^-21 by the
-    instructions' own bounds (half of exp2's 2^-22, twice the reciprocal's 2^-23, two roundings): far inside the rounding of 16-bit probabilities, and too much for float32 ones.
+    The libdevice function branches and takes registers. 1 - 2 / (2^(2 log2(e) x) + 1) is within 2^-21, by the
+    instructions' own bounds (half of exp2's 2^-22, twice the reciprocal's 2^-23, two roundings): far inside the rounding
+    of 16-bit probabilities, and too much for float32 ones.
     """
     if target_gpu() is None or dtype == "float32":
         return jnp.tanh
