@@ -52,14 +52,13 @@ def padded(size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The programs of one launch: `tiles` tiles, from `first_tile` on, of `heads` heads of `batch` rows."""
+    """The programs of one launch: `tiles` tiles of `heads` heads of `batch` rows."""
 
     batch: int
     heads: int
     tiles: int
     heads_fastest: bool
     last_tile_first: bool
-    first_tile: int = 0
 
     @property
     def grid(self) -> tuple[int]:
@@ -72,7 +71,7 @@ class Programs:
         rest, b = quotient(program, fast), quotient(program, fast * slow)
         x, y = program - rest * fast, rest - b * slow
         tile, head = (y, x) if self.heads_fastest else (x, y)
-        return b, self.first_tile + (self.tiles - 1 - tile if self.last_tile_first else tile), head
+        return b, self.tiles - 1 - tile if self.last_tile_first else tile, head
 
     def spec(self, shape: tuple, index) -> pl.BlockSpec:
         """A block spec whose index is `index(batch row, tile, head)`."""

@@ -85,50 +85,27 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
 
 
 def forward(query, key, value, lengths, problem: Problem, tiles: Tiles):
-    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]; `lengths` is () or two int32[B].
-
-    Queries that see keys of the first split alone close nothing, and take the tile that has the registers for itself.
-    """
-    if problem.split_size is None or problem.S <= problem.split_size:
-        return _launch(query, key, value, lengths, (), problem, tiles.forward, closes=False)
-    boundary = _queries_within_first_split(problem)
-    boundary -= boundary % max(tiles.forward.block_q, tiles.closing.block_q)
-    begun = _launch(query, key, value, lengths, (), problem, tiles.forward, closes=False, stop=boundary) if boundary else ()
-    return _launch(query, key, value, lengths, begun, problem, tiles.closing, closes=True, start=boundary)
-
-
-def _queries_within_first_split(p: Problem) -> int:
-    if p.ragged or p.band.right is None:
-        return 0
-    return max(0, p.split_size - p.band.right - (p.S - p.T))
-
-
-def _launch(query, key, value, lengths, begun, problem: Problem, tile: Tile, *, closes: bool, start: int = 0, stop: int | None = None):
-    """The queries from start to stop; `begun` is () or an output and log-sum-exp to write into."""
-    p, block_q = problem, tile.block_q
-    first_tile, end_tile = start // block_q, pl.cdiv(p.T if stop is None else stop, block_q)
-    programs = Programs(
-        p.B, p.N, end_tile - first_tile, tile.heads_fastest, last_tile_first=p.band.right is not None, first_tile=first_tile
-    )
+    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]; `lengths` is () or two int32[B]."""
+    p = problem
+    closes = p.split_size is not None and p.S > p.split_size
+    tile = tiles.closing if closes else tiles.forward
+    programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
     S = round_up(p.S, tile.block_k)
-    in_specs = [
-        programs.spec((None, block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
-        programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
-        programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
-        *[programs.row_spec] * len(lengths),
-    ]
-    out_specs = [
-        programs.spec((None, block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),
-        programs.spec((None, None, block_q), lambda b, t, n: (b, n, t)),
-    ]
     return launch(
         functools.partial(_kernel, problem=p, tile=tile, programs=programs, closes=closes),
-        *(query, key, value, *lengths, *begun),
+        *(query, key, value, *lengths),
         name="flashcore_forward_closing" if closes else "flashcore_forward",
         grid=programs.grid,
-        in_specs=in_specs + out_specs * bool(begun),
-        out_specs=out_specs,
+        in_specs=[
+            programs.spec((None, tile.block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
+            programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
+            programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
+            *[programs.row_spec] * len(lengths),
+        ],
+        out_specs=[
+            programs.spec((None, tile.block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),
+            programs.spec((None, None, tile.block_q), lambda b, t, n: (b, n, t)),
+        ],
         out_shape=[((p.B, p.T, p.N, p.Hv), query.dtype), ((p.B, p.N, p.T), jnp.float32)],
-        aliases={len(in_specs) + i: i for i in range(len(begun))},
         tile=tile,
     )
