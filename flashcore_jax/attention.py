@@ -1,5 +1,6 @@
 """`attention`: the whole truth about what is attended, and the one place where kernels get their derivative."""
 
+import dataclasses
 import functools
 
 import jax
@@ -81,11 +82,17 @@ def attention(
         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap,
         precision=precision, split_size=split_size,
     )  # fmt: skip
+    out, lse = attend(query, key, value, query_seq_lengths, key_value_seq_lengths, None, problem, implementation)
+    return (out, lse) if return_lse else out
+
+
+def attend(query, key, value, query_seq_lengths, key_value_seq_lengths, layer, problem: Problem, implementation: str | None):
+    """`attention` of a checked problem, out and lse; where the problem has L, over one layer (int32[1]) of key and value."""
     name = implementations.choose(implementation, problem)
-    lengths = _lengths(query_seq_lengths, key_value_seq_lengths, problem)
+    scalars = (*_lengths(query_seq_lengths, key_value_seq_lengths, problem), *([] if layer is None else [layer]))
     run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
-    out, lse = run(query, key, value, lengths, problem)
-    return (out, lse.swapaxes(1, 2)) if return_lse else out
+    out, lse = run(query, key, value, scalars, problem)
+    return out, lse.swapaxes(1, 2)
 
 
 def explain(query, key, value, *, implementation: str | None = None, return_lse: bool = False, **options) -> implementations.Explanation:
@@ -111,9 +118,9 @@ def _lengths(query_length, key_length, problem: Problem):
     return tuple(jnp.asarray(x).astype(jnp.int32) for x in filled)
 
 
-def _attend_with_kernels(name: str, query, key, value, lengths, problem: Problem):
+def _attend_with_kernels(name: str, query, key, value, scalars, problem: Problem):
     try:
-        return _attend(query, key, value, lengths, problem, name)
+        return _attend(query, key, value, scalars, problem, name)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -121,19 +128,26 @@ def _attend_with_kernels(name: str, query, key, value, lengths, problem: Problem
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, lengths, problem: Problem, name: str):
-    return _forward((query, key, value, lengths), problem, name)
+def _attend(query, key, value, scalars, problem: Problem, name: str):
+    return _forward((query, key, value, scalars), problem, name)
 
 
-def _attend_fwd(query, key, value, lengths, problem: Problem, name: str):
-    out, lse = _forward((query, key, value, lengths), problem, name)
+def _attend_fwd(query, key, value, scalars, problem: Problem, name: str):
+    out, lse = _forward((query, key, value, scalars), problem, name)
     out, lse = checkpoint_name(out, RESIDUAL_NAMES[0]), checkpoint_name(lse, RESIDUAL_NAMES[1])
-    return (out, lse), (query, key, value, lengths, out, lse)
+    return (out, lse), (query, key, value, scalars, out, lse)
 
 
 def _attend_bwd(problem: Problem, name: str, residuals, cotangents):
-    query, key, value, lengths, out, lse = residuals
-    return *_backward((query, key, value, lengths, out, lse, *cotangents), problem, name), None
+    query, key, value, scalars, out, lse = residuals
+    if problem.L is None:
+        return *_backward((query, key, value, scalars, out, lse, *cotangents), problem, name), None
+    # A layer at a time: the backward of a cache is not a loop's hot path, and may take its layer out of the stack.
+    *lengths, layer = scalars
+    sliced = (query, *(jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (key, value)))
+    one_layer = dataclasses.replace(problem, L=None)
+    dquery, *gradients = _backward((*sliced, tuple(lengths), out, lse, *cotangents), one_layer, name)
+    return dquery, *(jnp.zeros_like(x).at[layer[0]].set(d) for x, d in zip((key, value), gradients, strict=True)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

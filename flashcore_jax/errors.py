@@ -23,6 +23,10 @@ class OptionError(ArgumentError):
     """A static option (a number, a name, a window) has a value outside its range."""
 
 
+class CacheOverflowError(ArgumentError):
+    """A row of a `KVCache` has no room for the tokens that were to be appended. Nothing was written to it."""
+
+
 class Unsupported(NotImplementedError):
     """The named implementation cannot run this call here; another one can."""
 

@@ -9,7 +9,7 @@ from flashcore_jax.errors import InterpretWarning, OptionError, Unsupported
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import target_gpu
 
-# Best first. A module offers `unsupported(problem)` and either `forward` and `backward`, or a differentiable `attend`.
+# Best first. A module offers `unsupported(problem)`, `append`, and either `forward` and `backward` or a differentiable `attend`.
 _MODULES = {"triton": "flashcore_jax.kernels.triton", "xla": "flashcore_jax.kernels.xla"}
 _NEEDS_GPU = {"triton"}
 
@@ -30,8 +30,8 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def choose(implementation: str | None, problem: Problem) -> str:
-    """The name to run: the named one if it can, else `Unsupported`; for None the best one that can."""
+def choose(implementation: str | None, problem: Problem | None) -> str:
+    """The name to run: the named one if it can, else `Unsupported`; for None the best one that can. No problem: an append."""
     if implementation is None:
         return explain(problem).implementation
     if implementation not in _MODULES:
@@ -51,7 +51,7 @@ def choose(implementation: str | None, problem: Problem) -> str:
     return implementation
 
 
-def explain(problem: Problem) -> Explanation:
+def explain(problem: Problem | None) -> Explanation:
     """What `choose(None, problem)` decides, with the reasons."""
     reasons = {}
     for name in _MODULES:

@@ -16,7 +16,7 @@ import numpy as np
 LOG2_E = float(np.log2(np.e))
 LN_2 = float(np.log(2.0))
 # Below every score, and finite: a masked score of -inf less this maximum is still -inf, never NaN.
-_LOWEST = float(np.finfo(np.float32).min)
+LOWEST = float(np.finfo(np.float32).min)
 
 
 class Partial(NamedTuple):
@@ -30,7 +30,7 @@ class Partial(NamedTuple):
 def start(rows: tuple[int, ...], columns: tuple[int, ...]) -> Partial:
     """Nothing seen yet, for chunks of so many columns."""
     acc = tuple(jnp.zeros((*rows, width), jnp.float32) for width in columns)
-    return Partial(acc, jnp.zeros(rows, jnp.float32), jnp.full(rows, _LOWEST, jnp.float32))
+    return Partial(acc, jnp.zeros(rows, jnp.float32), jnp.full(rows, LOWEST, jnp.float32))
 
 
 def scaled_exp2(scores, log2_scale: float, shift):

@@ -46,6 +46,7 @@ class Problem:
     split_size: int | None
     precision: str  # "native" for 16-bit inputs; "tf32", "tf32x3" or "float32" for float32 inputs
     ragged: bool  # lengths per row were given
+    L: int | None = None  # layers of a stacked cache: key and value are [L, B, S, K, H], and one layer of them is attended to
 
     @property
     def G(self) -> int:
@@ -65,14 +66,23 @@ def problem_of(
     logits_soft_cap=None,
     precision=None,
     split_size=DEFAULT_SPLIT_SIZE,
+    stacked=False,
 ) -> Problem:
-    """Checks the arguments of a call of `attention` and gathers its static facts. Raises `ArgumentError`."""
+    """Checks the arguments of a call of `attention` and gathers its static facts. Raises `ArgumentError`.
+
+    stacked: key and value have a leading axis of layers, [L, B, S, K, H], as a `KVCache` of several layers has.
+    """
     arrays = {"query": query, "key": key, "value": value}
     layout = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, Hv]"}
     check(
         (hasattr(a, "shape") and hasattr(a, "dtype"), DtypeError, f"{name} to be an array", type(a).__name__, "pass a jax or numpy array")
         for name, a in arrays.items()
     )
+    L = None
+    if stacked:
+        L = key.shape[0]
+        key, value = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (key, value))
+        arrays |= {"key": key, "value": value}
     check(
         (
             len(a.shape) == 4,
@@ -135,6 +145,7 @@ def problem_of(
         split_size=None if split_size is None else int(split_size),
         precision=_precision(precision, dtype),
         ragged=query_seq_lengths is not None or key_value_seq_lengths is not None,
+        L=L,
     )  # fmt: skip
 
 

@@ -16,11 +16,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = [
     {"axes"},
     {"errors", "masks", "online_softmax"},
-    {"logits", "problem", "cache", "reference"},
+    {"logits", "problem", "reference"},
     {"tuning"},
     {"kernels.xla", "kernels.triton", "kernels.mosaic_gpu"},
     {"implementations"},
-    {"attention", "kv_attention"},
+    {"attention", "cache"},
+    {"kv_attention"},
     {"", "kernels"},  # the package's own index; empty
     {"flax_adapters", "testing"},
     {"__main__"},

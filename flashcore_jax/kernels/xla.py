@@ -31,15 +31,27 @@ _PRECISION = {
 }
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(problem: Problem | None) -> str | None:
     """Why this implementation cannot run the call, or None: it runs every call."""
     return None
 
 
-def attend(query, key, value, lengths, problem: Problem):
+def append(cache_key, cache_value, key, value, start, count, layer=None):
+    """As `kernels.triton.append.append`, by a scatter, which drops what lies outside the cache."""
+    B, T, S = *key.shape[:2], cache_key.shape[-3]
+    token = jnp.arange(T, dtype=jnp.int32)
+    slots = jnp.where(token < count[:, None], start[:, None] + token, S)
+    at = (jnp.arange(B)[:, None], slots) if layer is None else (layer[0], jnp.arange(B)[:, None], slots)
+    return tuple(x.at[at].set(new, mode="drop") for x, new in ((cache_key, key), (cache_value, value)))
+
+
+def attend(query, key, value, scalars, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T], differentiable in every mode."""
     p = problem
-    lengths = lengths or (jnp.full(p.B, p.T, jnp.int32), jnp.full(p.B, p.S, jnp.int32))
+    if p.L is not None:
+        *scalars, layer = scalars
+        key, value = (lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (key, value))
+    lengths = scalars or (jnp.full(p.B, p.T, jnp.int32), jnp.full(p.B, p.S, jnp.int32))
     lengths = (jnp.clip(lengths[0], 0, p.T), jnp.clip(lengths[1], 0, p.S))
     # What lies beyond the lengths counts for nothing, whatever it holds: 0 here, and so 0 * anything in every derivative.
     query = _zero_beyond(query, lengths[0])

@@ -12,6 +12,7 @@ class Gpu:
     kind: str
     capability: tuple[int, int]
     shared_memory: int  # bytes that one block may use
+    multiprocessors: int
 
     @property
     def has_wgmma(self) -> bool:
@@ -28,22 +29,24 @@ _SHARED_MEMORY = {
     (10, 3): 232448,
     (12, 0): 101376,
 }
-_CAPABILITY = {
-    "NVIDIA A100": (8, 0), "NVIDIA A30": (8, 0), "NVIDIA A10": (8, 6), "NVIDIA L4": (8, 9), "NVIDIA L40": (8, 9),
-    "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA GH200": (9, 0), "NVIDIA B200": (10, 0), "NVIDIA GB200": (10, 0),
-    "NVIDIA B300": (10, 3), "NVIDIA GB300": (10, 3),
+# Compute capability, multiprocessors. From the vendor's tables.
+_KINDS = {
+    "NVIDIA A100": ((8, 0), 108), "NVIDIA A30": ((8, 0), 56), "NVIDIA A10": ((8, 6), 72), "NVIDIA L4": ((8, 9), 58),
+    "NVIDIA L40": ((8, 9), 142), "NVIDIA H100": ((9, 0), 132), "NVIDIA H200": ((9, 0), 132), "NVIDIA GH200": ((9, 0), 132),
+    "NVIDIA B200": ((10, 0), 148), "NVIDIA GB200": ((10, 0), 148), "NVIDIA B300": ((10, 3), 148), "NVIDIA GB300": ((10, 3), 148),
 }  # fmt: skip
 
 
 def gpu_of(kind: str, capability: str | None = None) -> Gpu:
     """The GPU of a device kind such as "NVIDIA H200" or "NVIDIA A100-SXM4-80GB"; capability such as "9.0" where known."""
-    known = max((k for k in _CAPABILITY if kind.startswith(k)), key=len, default=None)
+    known = max((k for k in _KINDS if kind.startswith(k)), key=len, default=None)
+    listed, multiprocessors = _KINDS.get(known, ((0, 0), 64))
     if capability is not None:
         major, minor = map(int, str(capability).split("."))
     else:
-        major, minor = _CAPABILITY.get(known, (0, 0))
+        major, minor = listed
     # An unlisted GPU gets the smallest limit of any that the kernels run on.
-    return Gpu(known or kind, (major, minor), _SHARED_MEMORY.get((major, minor), 101376))
+    return Gpu(known or kind, (major, minor), _SHARED_MEMORY.get((major, minor), 101376), multiprocessors)
 
 
 def target_gpu() -> Gpu | None:

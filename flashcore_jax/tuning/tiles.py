@@ -34,6 +34,7 @@ class Tiles:
     closing: Tile  # forward, where partial sums are closed and the total of the earlier ones needs registers too
     dkdv: Tile
     dq: Tile
+    decode: Tile  # few queries: the rows of a whole group
 
 
 _KERNELS = [field.name for field in dataclasses.fields(Tiles)]
@@ -93,6 +94,7 @@ def _heuristic(gpu: Gpu, dtype: str, bucket: int) -> dict[str, Tile]:
             "closing": dataclasses.replace(tile, spills=_RUNNING_TOTAL),
             "dkdv": narrow,
             "dq": dataclasses.replace(tile, spills=_EVERY_OPTION),
+            "decode": tile,
         }
     if bucket == 128:
         tile = Tile(
@@ -107,6 +109,7 @@ def _heuristic(gpu: Gpu, dtype: str, bucket: int) -> dict[str, Tile]:
             "closing": dataclasses.replace(tile, spills=_RUNNING_TOTAL),
             "dkdv": Tile(32, 64, 8, 1, reason="two accumulators of 64 keys over 8 warps", spills=_TWO_ACCUMULATORS),
             "dq": Tile(64, 32, 4, 2, reason="64 queries over 4 warps; 32 keys, because two products a block read them"),
+            "decode": dataclasses.replace(tile, block_q=64, num_warps=4),
         }
     tile = Tile(64, 32, 4, 1, reason="head dim 256: queries and one block of keys and values fit 99 KiB")
     return {
@@ -114,4 +117,5 @@ def _heuristic(gpu: Gpu, dtype: str, bucket: int) -> dict[str, Tile]:
         "closing": dataclasses.replace(tile, spills=_RUNNING_TOTAL),
         "dkdv": Tile(16, 32, 8, 1, reason="two accumulators of 32 keys over 8 warps", spills=_TWO_ACCUMULATORS),
         "dq": Tile(32, 32, 8, 1, reason="queries, their cotangents and a block of keys and values fit 99 KiB"),
+        "decode": dataclasses.replace(tile, spills=_TWO_ACCUMULATORS),
     }

@@ -1,13 +1,19 @@
-"""Attention through Pallas's Triton route: what it supports, forward and backward."""
+"""Attention through Pallas's Triton route: what it supports, forward and backward, and the cache's append."""
 
+from flashcore_jax.kernels.triton.append import append
 from flashcore_jax.kernels.triton.backward import backward as _backward
+from flashcore_jax.kernels.triton.decode import decode as _decode
+from flashcore_jax.kernels.triton.decode import suits as _suits_decode
 from flashcore_jax.kernels.triton.forward import forward as _forward
 from flashcore_jax.problem import Problem
-from flashcore_jax.tuning.gpus import target_gpu
+from flashcore_jax.tuning.gpus import gpu_of, target_gpu
 from flashcore_jax.tuning.tiles import tiles_for
 
 
-def unsupported(problem: Problem) -> str | None:
+__all__ = ["append", "backward", "forward", "unsupported"]
+
+
+def unsupported(problem: Problem | None) -> str | None:
     """Why this implementation cannot run the call on the GPU in sight, or None."""
     gpu = target_gpu()
     if gpu is not None and gpu.capability < (8, 0):
@@ -15,11 +21,15 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(query, key, value, lengths, problem: Problem):
+def forward(query, key, value, scalars, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
-    return _forward(query, key, value, lengths, problem, tiles_for(target_gpu(), problem))
+    gpu = target_gpu() or gpu_of("NVIDIA H200")
+    tiles = tiles_for(gpu, problem)
+    if _suits_decode(problem):
+        return _decode(query, key, value, scalars, problem, tiles, gpu.multiprocessors)
+    return _forward(query, key, value, scalars, problem, tiles)
 
 
-def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem):
+def backward(query, key, value, scalars, out, lse, dout, dlse, problem: Problem):
     """The gradients of query, key and value."""
-    return _backward(query, key, value, lengths, out, lse, dout, dlse, problem, tiles_for(target_gpu(), problem))
+    return _backward(query, key, value, scalars, out, lse, dout, dlse, problem, tiles_for(target_gpu(), problem))

@@ -91,5 +91,29 @@ def row_lengths(refs, problem: Problem):
     return jnp.clip(query_ref[0], 0, problem.T), jnp.clip(key_ref[0], 0, problem.S)
 
 
+def layer_index(refs, problem: Problem) -> tuple:
+    """What stands before the keys' index in a stacked cache: the layer, from the last ref; () where there is no stack."""
+    return () if problem.L is None else (refs[-1][0],)
+
+
+def key_spec(programs: Programs, problem: Problem, block: int, columns: int, index) -> pl.BlockSpec:
+    """The spec of all rows of one head of key or value, where `index(tile, head)` gives (key/value head, block of columns).
+
+    A stacked cache is indexed in the kernel: a layer sliced out of it would be a copy.
+    """
+    stack, first = ((), ()) if problem.L is None else ((problem.L,), (0,))
+
+    def at(b, tile, head):
+        kv_head, column = index(tile, head)
+        return (*first, b, 0, kv_head, column)
+
+    return programs.spec((*stack, None, round_up(problem.S, block), None, columns), at)
+
+
+def scalar_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
+    """The specs of a row's two lengths and of the layer, where there are any."""
+    return [programs.row_spec] * (2 * problem.ragged) + [pl.BlockSpec((1,), lambda program: (0,))] * (problem.L is not None)
+
+
 def round_up(size: int, block: int) -> int:
     return pl.cdiv(size, block) * block

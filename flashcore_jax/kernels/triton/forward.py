@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, key_spec, layer_index, padded, row_lengths, scalar_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import quotient, visible, visible_blocks
@@ -23,24 +23,21 @@ from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
-def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, closes: bool):
-    *more_refs, out_ref, lse_ref = refs
-    block_q, block_k = tile.block_q, tile.block_k
-    query_length, key_length = row_lengths(more_refs, problem)
-    _, query_tile, _ = programs.split(pl.program_id(0))
-    first_query = query_tile * block_q
-    queries = first_query + lax.iota(jnp.int32, block_q)
-    is_query = queries < query_length
-    in_t = None if problem.T % block_q == 0 else queries < problem.T
-    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
-    every_row_exists = not problem.ragged and in_t is None
-    q = load_chunks(q_ref, h, rows=None if every_row_exists else is_query)
-    nothing = online_softmax.start((block_q,), tuple(c.width for c in hv))
+def key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem: Problem, block_k: int, hv):
+    """What a tile of query rows sees: the range of key blocks, and a function that gives the partial sums over a part of it.
+
+    queries: int32[rows], each row's query; span: the first of them and how many there are; hv: value's columns.
+    This is the one place where scores are computed and added up: forward and decode have the same bits because of it.
+    """
+    query_length, key_length = lengths
+    h = column_chunks(problem.H)
+    nothing = online_softmax.start(queries.shape, tuple(c.width for c in hv))
+    blocks = visible_blocks(*span, query_length, key_length, problem.band, block_k)
 
     def visit(block, partial, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        at_block = (pl.ds(block * block_k, block_k),)
+        at_block = (*layer, pl.ds(block * block_k, block_k))
         k = load_chunks(k_ref, h, at_block, is_key)
         scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
         if masked:
@@ -53,9 +50,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
 
         return online_softmax.update(partial, scores, log2_scale, weigh, scaled_exp2)
 
-    blocks = visible_blocks(first_query, block_q, query_length, key_length, problem.band, block_k)
-
-    def visit_all(start, stop):
+    def sums(start, stop):
         unmasked_start = jnp.clip(blocks.unmasked_start, start, stop)
         unmasked_stop = jnp.clip(blocks.unmasked_stop, start, stop)
         partial = nothing
@@ -64,17 +59,44 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
         partial = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), partial)
         return lax.fori_loop(unmasked_stop, stop, functools.partial(visit, masked=True), partial)
 
+    return blocks, sums, nothing
+
+
+def splits_of(blocks, per_split: int):
+    """The splits [first, end) that hold a range of blocks."""
+    return quotient(blocks.start, per_split), quotient(blocks.stop + (per_split - 1), per_split)
+
+
+def part_of(blocks, split, per_split: int):
+    """The blocks [start, stop) of one split."""
+    return jnp.maximum(blocks.start, split * per_split), jnp.minimum(blocks.stop, (split + 1) * per_split)
+
+
+def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, closes: bool):
+    *more_refs, out_ref, lse_ref = refs
+    block_q, block_k = tile.block_q, tile.block_k
+    lengths = row_lengths(more_refs, problem)
+    _, query_tile, _ = programs.split(pl.program_id(0))
+    first_query = query_tile * block_q
+    queries = first_query + lax.iota(jnp.int32, block_q)
+    is_query = queries < lengths[0]
+    in_t = None if problem.T % block_q == 0 else queries < problem.T
+    hv = column_chunks(problem.Hv)
+    every_row_exists = not problem.ragged and in_t is None
+    q = load_chunks(q_ref, column_chunks(problem.H), rows=None if every_row_exists else is_query)
+    span = first_query, block_q
+    layer = layer_index(more_refs, problem)
+    blocks, sums, nothing = key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem, block_k, hv)
+
     if not closes:
-        total = visit_all(blocks.start, blocks.stop)
+        total = sums(blocks.start, blocks.stop)
     else:
         per_split = problem.split_size // block_k
 
         def close(split, total):
-            closed = visit_all(jnp.maximum(blocks.start, split * per_split), jnp.minimum(blocks.stop, (split + 1) * per_split))
-            return online_softmax.merge(total, closed)
+            return online_softmax.merge(total, sums(*part_of(blocks, split, per_split)))
 
-        first_split, end_split = quotient(blocks.start, per_split), quotient(blocks.stop + (per_split - 1), per_split)
-        total = lax.fori_loop(first_split, end_split, close, nothing)
+        total = lax.fori_loop(*splits_of(blocks, per_split), close, nothing)
 
     out, lse = online_softmax.finish(total)
     if not every_row_exists:
@@ -84,23 +106,24 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
     store(lse_ref, lse, rows=in_t)
 
 
-def forward(query, key, value, lengths, problem: Problem, tiles: Tiles):
-    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]; `lengths` is () or two int32[B]."""
+def forward(query, key, value, scalars, problem: Problem, tiles: Tiles):
+    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T].
+
+    scalars: the two lengths int32[B] where the problem is ragged, then the layer int32[1] where it has L.
+    """
     p = problem
     closes = p.split_size is not None and p.S > p.split_size
     tile = tiles.closing if closes else tiles.forward
     programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
-    S = round_up(p.S, tile.block_k)
     return launch(
         functools.partial(_kernel, problem=p, tile=tile, programs=programs, closes=closes),
-        *(query, key, value, *lengths),
+        *(query, key, value, *scalars),
         name="flashcore_forward_closing" if closes else "flashcore_forward",
         grid=programs.grid,
         in_specs=[
             programs.spec((None, tile.block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
-            programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
-            programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0)),
-            *[programs.row_spec] * len(lengths),
+            *(key_spec(programs, p, tile.block_k, padded(size), lambda t, n: (quotient(n, p.G), 0)) for size in (p.H, p.Hv)),
+            *scalar_specs(programs, p),
         ],
         out_specs=[
             programs.spec((None, tile.block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),

@@ -1,0 +1,210 @@
+"""`KVCache`: the keys and values of a batch of sequences, each row with a length of its own, of one layer or of a stack of them."""
+
+import dataclasses
+import functools
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from flashcore_jax import implementations
+from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, check
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """A pytree of four arrays; every method returns a new cache and leaves this one as it is.
+
+    Under `jax.jit` with the cache donated (`donate_argnames`), and in a loop that carries it, updates are in place: no copy of
+    the cache is made. Outside `jit` each append copies.
+
+    Attributes:
+      key: [B, S, K, H] where S is the capacity; with layers [L, B, S, K, H]. What lies beyond a row's length is never read.
+      value: [B, S, K, Hv], with layers [L, B, S, K, Hv].
+      length: int32[B], with layers [L, B]: the valid tokens of each row, the first ones.
+      overflowed: bool of length's shape: the row had no room for tokens that were to be appended. They were dropped, all of
+        that call's, and so is what would have followed them; `attention_with_kv_cache` gives NaN for such a row, until
+        `reset`, or `truncate` to what the row does hold.
+
+    Example:
+      >>> cache = KVCache.create(batch=8, capacity=8192, kv_heads=8, head_dim=128)
+      >>> out, cache = attention_with_kv_cache(query, key, value, cache)
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+    overflowed: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        layers: int | None = None,
+        dtype=jnp.bfloat16,
+    ) -> "KVCache":
+        """An empty cache.
+
+        Args:
+          batch: rows, B.
+          capacity: tokens that each row has room for, S.
+          kv_heads: key/value heads, K.
+          head_dim: H, a multiple of 8 from 8 to 256.
+          value_head_dim: Hv; default head_dim.
+          layers: L, for one stack of caches that a scan over layers indexes with `layer=`; default: no such axis.
+          dtype: float16, bfloat16 or float32.
+
+        Raises:
+          ArgumentError: a size below 1, a head dim or a dtype that `attention` does not take.
+        """
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "layers": 1 if layers is None else layers}
+        check(
+            (isinstance(size, numbers.Integral) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
+            for name, size in sizes.items()
+        )
+        check(
+            (
+                isinstance(size, numbers.Integral) and 8 <= size <= 256 and size % 8 == 0,
+                ShapeError,
+                f"{name} to be a multiple of 8 from 8 to 256",
+                size,
+                "pad it with zeros",
+            )
+            for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim))
+        )
+        name = str(jnp.dtype(dtype))
+        check([(name in ("float16", "bfloat16", "float32"), DtypeError, "dtype float16, bfloat16 or float32", name, "pass one of them")])
+        stack = () if layers is None else (layers,)
+        key, value = (jnp.zeros((*stack, batch, capacity, kv_heads, size), dtype) for size in (head_dim, value_head_dim))
+        return cls(key, value, jnp.zeros((*stack, batch), jnp.int32), jnp.zeros((*stack, batch), bool))
+
+    @property
+    def capacity(self) -> int:
+        return self.key.shape[-3]
+
+    @property
+    def layers(self) -> int | None:
+        return self.key.shape[0] if self.key.ndim == 5 else None
+
+    def append(self, key, value, *, layer=None, query_seq_lengths=None, implementation: str | None = None) -> "KVCache":
+        """Writes new tokens behind those of each row.
+
+        Args:
+          key: [B, T, K, H] in the cache's dtype.
+          value: [B, T, K, Hv].
+          layer: of a stacked cache, the layer to append to: an int, or a traced int32 scalar.
+          query_seq_lengths: int32[B]: only so many tokens of each row are real, the first ones; default T.
+          implementation: as in `attention`.
+
+        A row is appended to as a whole or not at all. Where the tokens of a row do not fit, under `jit` they are dropped and
+        `overflowed` is set for it; the other rows are not concerned.
+
+        Raises:
+          CacheOverflowError: outside `jit`, before anything is written, if a row has no room or has overflowed before.
+          ArgumentError: shapes or dtypes that do not fit the cache.
+        """
+        layer = self.layer_index(layer)
+        B, T = self._check(key, value, query_seq_lengths)
+        length, overflowed = self.row_state(layer)
+        count = jnp.full(B, T, jnp.int32) if query_seq_lengths is None else jnp.clip(jnp.asarray(query_seq_lengths, jnp.int32), 0, T)
+        overflowed = overflowed | (count > self.capacity - length)
+        if not isinstance(overflowed, jax.core.Tracer):
+            _raise_if(overflowed, f"room for {T} more tokens in a cache of capacity {self.capacity}")
+        count = jnp.where(overflowed, 0, count)
+        name = implementations.choose(implementation, None)
+        keys, values = _append(self.key, self.value, key, value, length, count, layer, name)
+        length = length + count
+        if layer is not None:
+            length, overflowed = self.length.at[layer[0]].set(length), self.overflowed.at[layer[0]].set(overflowed)
+        return KVCache(keys, values, length, overflowed)
+
+    def truncate(self, length) -> "KVCache":
+        """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.
+
+        An overflowed row that holds all of those tokens is whole again.
+        """
+        length = jnp.maximum(jnp.asarray(length, jnp.int32), 0)
+        return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
+
+    def reset(self, rows=slice(None)) -> "KVCache":
+        """Empties rows, in all layers: an index, indices, or a mask bool[B]; default all of them."""
+        return dataclasses.replace(self, length=self.length.at[..., rows].set(0), overflowed=self.overflowed.at[..., rows].set(False))
+
+    def check(self) -> None:
+        """Raises `CacheOverflowError` if a row has overflowed. Waits for the cache to be computed; not for use under `jit`."""
+        if isinstance(self.overflowed, jax.core.Tracer):
+            raise ArgumentError("expected a concrete cache; got a traced one; call check() outside jit, or read cache.overflowed")
+        _raise_if(self.overflowed, f"every row within the capacity of {self.capacity}")
+
+    def layer_index(self, layer):
+        """int32[1] for a stacked cache, None for another."""
+        L = self.layers
+        if L is None:
+            check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
+            return None
+        is_int = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+        is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
+        check([
+            (is_int or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
+            (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
+        ])  # fmt: skip
+        return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
+
+    def row_state(self, layer):
+        """The rows' length and overflowed, of one layer."""
+        return (self.length, self.overflowed) if layer is None else (self.length[layer[0]], self.overflowed[layer[0]])
+
+    def _check(self, key, value, query_seq_lengths) -> tuple[int, int]:
+        *_, B, _, K, H = self.key.shape
+        Hv = self.value.shape[-1]
+        for name, new, size in (("key", key, H), ("value", value, Hv)):
+            shape = tuple(getattr(new, "shape", ()))
+            check([
+                (len(shape) == 4 and (shape[0], *shape[2:]) == (B, K, size), ShapeError, f"{name} of shape [B, T, K, {'H' if name == 'key' else 'Hv'}] = ({B}, T, {K}, {size}), as the cache", shape, "append what the cache was created for"),
+                (getattr(new, "dtype", None) == self.key.dtype, DtypeError, f"{name} of the cache's dtype {self.key.dtype}", getattr(new, "dtype", type(new).__name__), "cast it, or create the cache with this dtype"),
+            ])  # fmt: skip
+        T = key.shape[1]
+        lengths = query_seq_lengths
+        check([
+            (value.shape[1] == T and T >= 1, ShapeError, "key and value with the same T >= 1", (T, value.shape[1]), "append one value for each key"),
+            (lengths is None or (getattr(lengths, "shape", None) == (B,) and jnp.issubdtype(lengths.dtype, jnp.integer)), ShapeError, f"query_seq_lengths int32[B] = ({B},)", getattr(lengths, "shape", lengths), "give one length per row of the batch"),
+        ])  # fmt: skip
+        return B, T
+
+
+def _raise_if(overflowed, expected: str) -> None:
+    if overflowed.any():
+        rows = sorted({int(index[-1]) for index in zip(*overflowed.nonzero(), strict=True)})
+        raise CacheOverflowError(f"expected {expected}; rows {rows} have none; create a larger cache, or truncate() or reset() these rows")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+@functools.partial(jax.jit, static_argnums=(7,))
+def _append(cache_key, cache_value, key, value, start, count, layer, name: str):
+    return tuple(implementations.module(name).append(cache_key, cache_value, key, value, start, count, layer))
+
+
+def _append_fwd(cache_key, cache_value, key, value, start, count, layer, name: str):
+    return _append(cache_key, cache_value, key, value, start, count, layer, name), (start, count, layer, key.shape[1])
+
+
+def _append_bwd(name: str, residuals, cotangents):
+    """What was written has its gradient from where it was written, and what it replaced has none."""
+    start, count, layer, T = residuals
+    B, S = start.shape[0], cotangents[0].shape[-3]
+    token = jnp.arange(T, dtype=jnp.int32)
+    slots = jnp.where(token < count[:, None], start[:, None] + token, S)
+    at = (jnp.arange(B)[:, None], slots) if layer is None else (layer[0], jnp.arange(B)[:, None], slots)
+    written = tuple(x.at[at].get(mode="fill", fill_value=0) for x in cotangents)
+    kept = tuple(x.at[at].set(0, mode="drop") for x in cotangents)
+    return *kept, *written, None, None, None
+
+
+_append.defvjp(_append_fwd, _append_bwd)

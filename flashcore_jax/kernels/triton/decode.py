@@ -1,0 +1,226 @@
+"""Attention of few queries on many keys: programs share out the keys of a row, and a second kernel adds up what they found.
+
+A tile holds the query rows (query x head) of one key/value head's whole group, so each key is read once. A program covers
+one split of `split_size` keys: the partial sums that the forward kernel closes, from the same `key_walk`, merged in the
+same order. Decode therefore has the bits of prefill. Splits beyond a row's length or window are neither visited nor
+merged; the grid depends on the capacity alone, so the call lives in a loop without asking the host anything.
+
+Where that leaves multiprocessors idle (few rows, few splits), the columns of value are shared out too: every program
+computes all scores, and each column's additions stay what they were.
+
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023); fixed splits are this package's (docs/numerics.md).
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from flashcore_jax import online_softmax
+from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, layer_index, padded, row_lengths, scalar_specs
+from flashcore_jax.kernels.triton.forward import key_walk, part_of, splits_of
+from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
+from flashcore_jax.masks import quotient, visible_blocks
+from flashcore_jax.problem import Problem
+from flashcore_jax.tuning.tiles import Tile, Tiles
+
+_MERGED_AT_ONCE = 16  # partial sums that are loaded before the first is added: their latencies overlap
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the work of one key/value head is cut into programs."""
+
+    row_tiles: int  # tiles of query rows
+    per_split: int  # key blocks of a split
+    splits: int
+    parts: int  # of value's columns
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether a program has the whole sum of its rows, and nothing is left to merge."""
+        return self.splits == 1 and self.parts == 1
+
+    @property
+    def programs(self) -> int:
+        return self.row_tiles * self.splits * self.parts
+
+    def split(self, tile):
+        """The (row tile, split, part) of a tile number: parts are neighbours, so that one brings the keys to the L2 for all."""
+        rest, row_tile = quotient(tile, self.parts), quotient(tile, self.parts * self.splits)
+        return row_tile, rest - row_tile * self.splits, tile - rest * self.parts
+
+
+def suits(problem: Problem) -> bool:
+    """Whether a call is faster here than in the forward kernel, which fills the GPU with tiles of queries. The bits are the same."""
+    p = problem
+    return p.T <= 16 or (p.split_size is not None and p.B * p.N * p.T <= 4096 and p.S >= 4 * p.split_size)
+
+
+def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
+    """Splits of `split_size` keys, or with None as many as keep every multiprocessor busy; then parts of value's columns."""
+    p = problem
+    row_tiles, blocks = pl.cdiv(p.T * p.G, tile.block_q), pl.cdiv(p.S, tile.block_k)
+    tiles = p.B * p.K * row_tiles
+    if p.split_size is not None:
+        per_split = p.split_size // tile.block_k
+    else:
+        wanted = pl.cdiv(4 * multiprocessors, tiles)
+        per_split = max(pl.cdiv(blocks, wanted), 256 // tile.block_k)
+    splits = pl.cdiv(blocks, per_split)
+    parts = 1
+    while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
+        parts *= 2
+    return Cut(row_tiles, per_split, splits, parts)
+
+
+def _rows_of(first, count: int, problem: Problem):
+    """For tile rows from `first` on: each row's query and head of the group, and the (first query, number of queries)."""
+    rows = first + lax.iota(jnp.int32, count)
+    queries = quotient(rows, problem.G)
+    first_query, last_query = quotient(first, problem.G), quotient(first + (count - 1), problem.G)
+    return rows, queries, rows - queries * problem.G, (first_query, last_query + 1 - first_query)
+
+
+def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, cut: Cut):
+    number_of_outputs = 2 if cut.is_direct else 3
+    more_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
+    p, block_q = problem, tile.block_q
+    lengths = row_lengths(more_refs, p)
+    _, tile_number, kv_head = programs.split(pl.program_id(0))
+    row_tile, split, _ = cut.split(tile_number)
+    rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
+    layer = layer_index(more_refs, p)
+    hv, _ = _columns(p, cut)
+    exist, out_rows = rows < p.T * p.G, queries * p.N + kv_head * p.G + head
+
+    def walk():
+        q = tuple(load(q_ref, _scattered(out_rows, c), queries < lengths[0], c.exist) for c in column_chunks(p.H))
+        return key_walk(q, k_ref, v_ref, layer, queries, span, lengths, p, tile.block_k, hv)
+
+    if cut.is_direct:
+        blocks, sums, _ = walk()
+        _finish(sums(blocks.start, blocks.stop), out_refs, hv, out_rows, queries < lengths[0], exist)
+        return
+    blocks = visible_blocks(*span, *lengths, p.band, tile.block_k)
+    start, stop = part_of(blocks, split, cut.per_split)
+
+    @pl.when(start < stop)
+    def _():
+        _, sums, _ = walk()
+        partial = sums(start, stop)
+        acc_ref, sum_ref, max_ref = out_refs
+        for c, chunk in zip(hv, partial.acc, strict=True):
+            store(acc_ref, chunk, (slice(None), c.at), exist, c.exist)
+        store(sum_ref, partial.row_sum, rows=exist)
+        store(max_ref, partial.running_max, rows=exist)
+
+
+def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: int, programs: Programs, cut: Cut, count: int):
+    *more_refs, out_ref, lse_ref = refs
+    p = problem
+    lengths = row_lengths(more_refs, p)
+    _, row_tile, kv_head = programs.split(pl.program_id(0))
+    rows, queries, head, span = _rows_of(row_tile * count, count, p)
+    hv = column_chunks(p.Hv)
+    exist = rows < p.T * p.G
+    first, end = splits_of(visible_blocks(*span, *lengths, p.band, block_k), cut.per_split)
+    at_once = min(_MERGED_AT_ONCE, cut.splits)
+
+    def partial(split):
+        there = exist & (split < end)
+        acc = load_chunks(acc_ref, hv, (split, slice(None)), there)
+        return online_softmax.Partial(
+            acc, load(sum_ref, (split, slice(None)), there), load(max_ref, (split, slice(None)), there, fill=online_softmax.LOWEST)
+        )
+
+    def add(group, total):
+        for found in [partial(first + group * at_once + i) for i in range(at_once)]:
+            total = online_softmax.merge(total, found)
+        return total
+
+    nothing = online_softmax.start((count,), tuple(c.width for c in hv))
+    total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
+    _finish(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < lengths[0], exist)
+
+
+def _scattered(rows, columns: Columns):
+    """The index of rows that need not be neighbours. (A row that does not exist must lie outside the array: the interpreter
+    writes back what was there under a mask, and would undo another row's store.)"""
+    shape = (rows.shape[0], columns.width)
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to((columns.start + lax.iota(jnp.int32, columns.width))[None, :], shape)
+
+
+def _finish(total, out_refs, hv, out_rows, is_query, exist):
+    out_ref, lse_ref = out_refs
+    out, lse = online_softmax.finish(total)
+    for c, chunk in zip(hv, out, strict=True):
+        store(out_ref, jnp.where(is_query[:, None], chunk, 0.0), _scattered(out_rows, c), exist, c.exist)
+    store(lse_ref, jnp.where(is_query, lse, -jnp.inf), (out_rows,), exist)
+
+
+def _columns(problem: Problem, cut: Cut):
+    """The columns of value that a program holds, and how many its block spans."""
+    if cut.parts == 1:
+        return column_chunks(problem.Hv), padded(problem.Hv)
+    width = problem.Hv // cut.parts
+    return (Columns(0, width, width),), width
+
+
+def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiprocessors: int):
+    """As `forward.forward`: the output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
+    p, tile = problem, tiles.decode
+    cut = cut_for(p, tile, multiprocessors)
+    programs = Programs(p.B, p.K, cut.programs, heads_fastest=False, last_tile_first=False)
+    _, width = _columns(p, cut)
+
+    def per_split(*columns):
+        """The spec of an array [B, K, splits, rows] or [B, K, splits, rows, columns]."""
+
+        def at(b, t, k):
+            row_tile, split, part = cut.split(t)
+            return (b, k, split, row_tile, *[part] * len(columns))
+
+        return programs.spec((None, None, None, tile.block_q, *columns), at)
+
+    def every_row(programs):
+        """The specs of out [B, T * N, Hv] and lse [B, T * N]."""
+        rows = p.T * p.N
+        return [programs.spec((None, rows, padded(p.Hv)), lambda b, t, k: (b, 0, 0)), programs.spec((None, rows), lambda b, t, k: (b, 0))]
+
+    out_shape = [((p.B, p.T * p.N, p.Hv), query.dtype), ((p.B, p.T * p.N), jnp.float32)]
+    partial_shape = (p.B, p.K, cut.splits, p.T * p.G)
+    found = launch(
+        functools.partial(_split_kernel, problem=p, tile=tile, programs=programs, cut=cut),
+        *(query.reshape(p.B, p.T * p.N, p.H), key, value, *scalars),
+        name="flashcore_decode",
+        grid=programs.grid,
+        in_specs=[
+            programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
+            key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
+            key_spec(programs, p, tile.block_k, width, lambda t, k: (k, cut.split(t)[2])),
+            *scalar_specs(programs, p),
+        ],
+        out_specs=every_row(programs) if cut.is_direct else [per_split(width), per_split(), per_split()],
+        out_shape=out_shape if cut.is_direct else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
+        tile=tile,
+    )
+    if not cut.is_direct:
+        count = max(1, 256 // padded(p.Hv))
+        merges = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
+        statistic = merges.spec((None, None, cut.splits, count), lambda b, t, k: (b, k, 0, t))
+        acc = merges.spec((None, None, cut.splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
+        found = launch(
+            functools.partial(_merge_kernel, problem=p, block_k=tile.block_k, programs=merges, cut=cut, count=count),
+            *(*found, *scalars),
+            name="flashcore_merge",
+            grid=merges.grid,
+            in_specs=[acc, statistic, statistic, *scalar_specs(merges, p)],
+            out_specs=every_row(merges),
+            out_shape=out_shape,
+            tile=dataclasses.replace(tile, num_warps=4, num_stages=1),
+        )
+    out, lse = found
+    return out.reshape(p.B, p.T, p.N, p.Hv), lse.reshape(p.B, p.T, p.N).swapaxes(1, 2)

@@ -1,0 +1,70 @@
+"""`attention_with_kv_cache`: append, then attend over the cache. Prefill, chunks, speculation and decode are this one call."""
+
+import jax.numpy as jnp
+
+from flashcore_jax.attention import attend
+from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
+from flashcore_jax.cache import KVCache
+from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, problem_of
+
+
+def attention_with_kv_cache(
+    query: Query,
+    key: Key,
+    value: Value,
+    cache: KVCache,
+    *,
+    layer=None,
+    query_seq_lengths: Lengths | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    precision=None,
+    split_size: int | None = DEFAULT_SPLIT_SIZE,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> tuple[Output, KVCache] | tuple[Output, LogSumExp, KVCache]:
+    """Appends T new tokens to each row of the cache, then lets their queries attend to all that the row holds.
+
+        cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
+        out = attention(query, cache.key, cache.value, key_value_seq_lengths=cache.length, ...)
+
+    T = 1 is a decode step, T > 1 a prompt, a chunk of one, or tokens to be verified; a row's new tokens stand behind those it
+    has. With the default `split_size`, implementation "triton" gives the same bits however the tokens were cut into calls.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H], the new tokens' keys, in the cache's dtype; rotary positions, if any, already applied.
+      value: [B, T, K, Hv].
+      cache: a `KVCache` for B rows, K heads and these head dims. Donate it to `jit`, or carry it in the loop, and nothing is
+        copied.
+      layer: of a stacked cache, the layer to use: an int, or a traced int32 scalar such as a scan's counter.
+      query_seq_lengths: int32[B]: the real tokens of each row, the first ones; the rest is padding. Default T.
+      is_causal: True hides from each token those behind it.
+      scale, local_window_size, logits_soft_cap, precision, split_size, implementation, return_lse: as in `attention`.
+
+    Returns:
+      (out, cache), or (out, lse, cache): out [B, T, N, Hv] in query's dtype, lse float32[B, T, N], and the cache with the tokens
+      appended. Padding has out 0 and lse -inf. A row whose tokens did not fit has out and lse NaN, in this call and the
+      following ones; see `KVCache.overflowed`.
+
+    Differentiable in query, key, value and the cache's contents.
+
+    Raises:
+      CacheOverflowError: outside `jit`, before anything is written, if a row has no room.
+      ArgumentError, Unsupported: as `attention`.
+    """
+    problem = problem_of(
+        query, cache.key, cache.value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=cache.row_state(cache.layer_index(layer))[0], local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, stacked=cache.layers is not None,
+    )  # fmt: skip
+    cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths, implementation=implementation)
+    layer = cache.layer_index(layer)
+    length, overflowed = cache.row_state(layer)
+    out, lse = attend(query, cache.key, cache.value, query_seq_lengths, length, layer, problem, implementation)
+    out = jnp.where(overflowed[:, None, None, None], jnp.nan, out)
+    if not return_lse:
+        return out, cache
+    return out, jnp.where(overflowed[:, None, None], jnp.nan, lse), cache
