@@ -46,7 +46,13 @@ from flashcore_jax.tuning.gpus import gpu_of
 from flashcore_jax.tuning.tiles import Tile, tiles_for
 
 # The kernels' names, and whose tile in `Tiles` each has.
-KERNELS = {"flashcore_forward": "forward", "flashcore_forward_closing": "closing", "flashcore_dkdv": "dkdv", "flashcore_dq": "dq"}
+KERNELS = {
+    "flashcore_forward": "forward",
+    "flashcore_forward_closing": "closing",
+    "flashcore_dkdv": "dkdv",
+    "flashcore_dq": "dq",
+    "flashcore_decode": "decode",
+}
 
 
 # ---- compiling for a GPU that is not there
@@ -105,7 +111,7 @@ def mesh_for(gpu: str, devices: int = 1):
     return topologies.make_mesh(topo=topology, mesh_shape=(devices,), axis_names=("x",))
 
 
-def compile_for(fn, *args, gpu: str, dump: str | None = None) -> jax.stages.Compiled:
+def compile_for(fn, *args, gpu: str, dump: str | None = None, donate_argnums=()) -> jax.stages.Compiled:
     """`fn`, compiled for arguments of these shapes and dtypes on the named GPU. `dump`: a folder for the compiler's files."""
     mesh = mesh_for(gpu)
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -113,7 +119,7 @@ def compile_for(fn, *args, gpu: str, dump: str | None = None) -> jax.stages.Comp
     options = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"} if dump else {}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The Pallas Triton backend", category=DeprecationWarning)
-        return jax.jit(fn).lower(*args).compile(compiler_options=options)
+        return jax.jit(fn, donate_argnums=donate_argnums).lower(*args).compile(compiler_options=options)
 
 
 def kernel_report(fn, *args, gpu: str) -> dict[str, dict]:
@@ -178,6 +184,7 @@ ODD_HEAD_DIMS = ((40, 40), (80, 80), (160, 160), (192, 80))  # padded, to the sa
 KINDS = {
     "causal": dict(T=4096, S=4096, is_causal=True),
     "full": dict(T=1024, S=1024),
+    "decode": dict(T=1, S=5000, is_causal=True, query_seq_lengths=(1, 1), key_value_seq_lengths=(5000, 4000)),
     # All that adds code and registers, at once.
     "everything": dict(
         T=1000, S=5000, is_causal=True, local_window_size=(700, 0), logits_soft_cap=30.0,
@@ -194,7 +201,7 @@ WORKLOADS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One call of `attention`, forward and backward, on one GPU."""
+    """One call of `attention` on one GPU: forward and backward, and of decode the forward."""
 
     gpu: str
     workload: Workload
@@ -207,13 +214,22 @@ class Job:
 
     @property
     def tiles(self) -> dict[str, Tile]:
-        """The tile of each kernel that the call may launch, by the kernel's name."""
+        """The tile of each kernel that the call launches, by the kernel's name."""
         problem = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size)
         tiles, closes = tiles_for(gpu_of(self.gpu), problem), problem.S > (problem.split_size or problem.S)
-        return {name: getattr(tiles, field) for name, field in KERNELS.items() if closes or field != "closing"}
+        fields = ("decode",) if self.is_decode else ("closing" if closes else "forward", "dkdv", "dq")
+        return {name: getattr(tiles, field) for name, field in KERNELS.items() if field in fields}
+
+    @property
+    def is_decode(self) -> bool:
+        return self.workload.T == 1
 
     def call(self, inputs: Inputs):
         attend = functools.partial(attention, implementation="triton", split_size=self.workload.split_size)
+        if self.is_decode:
+            return attend(
+                *inputs[:3], **{name: None if x is None else jnp.asarray(x) for name, x in self.workload.lengths.items()}, is_causal=True
+            )
         return evaluate(attend, inputs, **self.workload.options)
 
     def report(self) -> dict[str, dict]:
@@ -257,8 +273,9 @@ def fault_of(tile: Tile, facts: dict, limit: int) -> str:
 def judge(job: Job, report: dict[str, dict]) -> list[dict]:
     """One row per kernel of a compiled job."""
     launched = {name: tile for name, tile in job.tiles.items() if name in report}
-    if {name.split("_")[1] for name in launched} != {"forward", "dkdv", "dq"}:
-        raise RuntimeError(f"expected forward, dkdv and dq among the compiled kernels; got {', '.join(report)}")
+    expected = {"decode"} if job.is_decode else {"forward", "dkdv", "dq"}
+    if {name.split("_")[1] for name in launched} != expected:
+        raise RuntimeError(f"expected {', '.join(sorted(expected))} among the compiled kernels; got {', '.join(report)}")
     limit = gpu_of(job.gpu).shared_memory
     rows = []
     for name, tile in launched.items():

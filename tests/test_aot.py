@@ -3,8 +3,10 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +30,13 @@ class Aborting(aot.Job):
         os.abort()
 
 
+@pytest.mark.parametrize(("kind", "kernels"), [("causal", ["closing", "dkdv", "dq"]), ("decode", ["decode"])])
 @pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H200"])
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
-def test_kernels_compile(gpu):
-    (rows,) = aot.compile_all([aot.Job(gpu, CAUSAL)], workers=1)
-    assert [row["kernel"] for row in rows] == ["forward", "closing", "dkdv", "dq"]
+def test_kernels_compile(gpu, kind, kernels):
+    workload = next(w for w in aot.WORKLOADS if w.name == f"bfloat16 64/64 {kind}")
+    (rows,) = aot.compile_all([aot.Job(gpu, workload)], workers=1)
+    assert [row["kernel"] for row in rows] == kernels
     for row in rows:
         assert not row["fault"], row
         assert 0 < row["registers"] <= 255
@@ -67,6 +71,104 @@ def test_two_gpus_of_a_shard_map_exchange_nothing(spec):
     assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
+# --- the cache is never copied
+
+BATCH, SLOTS, KV_HEADS, SIZE, LAYERS = 4, 1024, 2, 64, 6
+
+
+def append_and_attend(cache, query, key, value):
+    return flashcore_jax.attention_with_kv_cache(query, key, value, cache)
+
+
+def scan_over_steps(cache, *token):
+    return jax.lax.scan(lambda cache, _: append_and_attend(cache, *token)[::-1], cache, None, length=5)
+
+
+def while_loop(cache, query, key, value):
+    def step(carry):
+        i, cache, query = carry
+        query, cache = append_and_attend(cache, query, key, value)
+        return i + 1, cache, query
+
+    return jax.lax.while_loop(lambda carry: (carry[0] < 7) & ~jnp.all(carry[1].overflowed), step, (0, cache, query))
+
+
+def scan_over_layers(cache, query, key, value):
+    def layer(carry, i):
+        cache, query = carry
+        query, cache = flashcore_jax.attention_with_kv_cache(query, key, value, cache, layer=i)
+        return (cache, query), None
+
+    return jax.lax.scan(layer, (cache, query), jnp.arange(LAYERS))[0]
+
+
+def scan_over_layers_in_while_loop(cache, query, key, value):
+    def step(carry):
+        i, cache, query = carry
+        return i + 1, *scan_over_layers(cache, query, key, value)
+
+    return jax.lax.while_loop(lambda carry: carry[0] < 7, step, (0, cache, query))
+
+
+def a_slice_per_layer(cache, query, key, value):
+    """What must be found: each layer taken out of the stack."""
+
+    def layer(query, i):
+        out = flashcore_jax.attention(query, cache.key[i], cache.value[i], key_value_seq_lengths=cache.length[i])
+        return out, None
+
+    return cache, jax.lax.scan(layer, query, jnp.arange(LAYERS))[0]
+
+
+CALLS = {
+    "decode": (append_and_attend, None, 1),
+    "prefill": (append_and_attend, None, 100),
+    "scan over steps": (scan_over_steps, None, 1),
+    "while_loop": (while_loop, None, 1),
+    "scan over layers": (scan_over_layers, LAYERS, 1),
+    "scan over layers, prefill": (scan_over_layers, LAYERS, 100),
+    "scan over layers in while_loop": (scan_over_layers_in_while_loop, LAYERS, 1),
+    "a slice per layer": (a_slice_per_layer, LAYERS, 1),
+}
+
+
+def arrays_of_a_layers_size(name: str) -> tuple[list[str], int, int]:
+    """The operations of the optimized program that make an array as large as a layer's keys, and the bytes of temporary and
+    of aliased memory. The cache is donated."""
+    f, layers, T = CALLS[name]
+    cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(BATCH, SLOTS, KV_HEADS, SIZE, layers=layers))
+    token = (jax.ShapeDtypeStruct((BATCH, T, heads, SIZE), jnp.bfloat16) for heads in (8, KV_HEADS, KV_HEADS))
+    program = aot.compile_for(f, cache, *token, gpu="NVIDIA H200", donate_argnums=0)
+    made = []
+    for shape, operation in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", program.as_text()):
+        large = math.prod(map(int, shape.split(","))) >= BATCH * SLOTS * KV_HEADS * SIZE
+        if large and operation not in ("parameter", "get-tuple-element", "bitcast"):
+            made.append(f"{operation}[{shape}]")
+    memory = program.memory_analysis()
+    return made, memory.temp_size_in_bytes, memory.alias_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
+        yield lambda name: pool.submit(arrays_of_a_layers_size, name).result()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+def test_the_cache_is_not_copied(programs, name):
+    """Neither it nor a layer of it: no operation makes an array of that size, and the program keeps less than 1/3 of a layer
+    beside its arguments (out and the partial sums)."""
+    made, temporary, aliased = programs(name)
+    layer = 2 * BATCH * SLOTS * KV_HEADS * SIZE * 2
+    if name == "a slice per layer":
+        assert made
+    else:
+        assert not made
+        assert temporary < layer / 3
+        assert aliased >= layer * (CALLS[name][1] or 1)
+
+
 @pytest.mark.parametrize(("gpu", "x64"), [*((gpu, False) for gpu in GPUS), ("NVIDIA H200", True)])
 def test_kernels_lower(gpu, x64):
     """No proof of a tile, but it needs no compiler: this is what the oldest and the newest jax are held to."""
@@ -90,10 +192,10 @@ def test_an_aborting_compiler_costs_one_job():
 def test_verdicts():
     job = aot.Job("NVIDIA L4", CAUSAL)
     fine = {"registers": 128, "spills": 0, "shared_memory": 65536, "threads": 128, "tensor_core": "mma.sync"}
-    report = {"flashcore_forward": fine, "flashcore_dkdv": fine, "flashcore_dq": fine}
+    report = {"flashcore_forward_closing": fine, "flashcore_dkdv": fine, "flashcore_dq": fine}
     assert [row["fault"] for row in aot.judge(job, report)] == ["", "", ""]
-    with pytest.raises(RuntimeError, match=r"got flashcore_forward$"):
-        aot.judge(job, {"flashcore_forward": fine})
+    with pytest.raises(RuntimeError, match=r"got flashcore_forward_closing$"):
+        aot.judge(job, {"flashcore_forward_closing": fine})
 
     tile = dataclasses.replace(job.tiles["flashcore_dq"], spills="")
     assert aot.fault_of(tile, fine | {"shared_memory": 200_000}, limit=101376).startswith("more shared memory")

@@ -52,7 +52,7 @@ def test_any_tile(workload, block_q, block_k, heads_fastest):
 
     @jax.jit
     def run(query, key, value, out_cotangent, lse_cotangent):
-        tiles = Tiles(tile, tile, tile, tile)
+        tiles = Tiles(tile, tile, tile, tile, tile)
         out, lse = forward(query, key, value, lengths, problem, tiles)
         cotangents = out_cotangent, lse_cotangent.swapaxes(1, 2)
         gradients = backward(query, key, value, lengths, out, lse, *cotangents, problem, tiles)
