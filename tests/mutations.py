@@ -69,22 +69,11 @@ MUTATIONS = {
         _contract(_PLAIN, _CAUSAL),
     ),
     "interleaved heads": Mutation(
-        (
-            Edit(
-                _FORWARD,
-                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, quotient(n, p.G), 0))",
-                "programs.spec((None, S, None, padded(p.H)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
-            ),
-            Edit(
-                _FORWARD,
-                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, quotient(n, p.G), 0))",
-                "programs.spec((None, S, None, padded(p.Hv)), lambda b, t, n: (b, 0, lax.rem(n, p.K), 0))",
-            ),
-        ),
+        (Edit(_FORWARD, "lambda t, n: (quotient(n, p.G), 0)", "lambda t, n: (lax.rem(n, p.K), 0)"),),
         (*_contract(_PLAIN), _HEADS),
     ),
     "no rescale": Mutation(
-        (Edit("online_softmax.py", "partial.row_sum * rescale", "partial.row_sum"),),
+        (Edit("online_softmax.py", "partial.row_sum * rescale[..., None, None]", "partial.row_sum"),),
         _contract("schedule's own splits", "window 100, causal"),
     ),
     "no rescale between splits": Mutation(

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 import flashcore_jax
+from flashcore_jax.kernels.triton.decode import decode
+from flashcore_jax.kernels.triton.forward import forward
+from flashcore_jax.problem import problem_of
 from flashcore_jax.testing import UNIT_ROUNDOFF, Inputs, Workload, assert_right, errors, evaluate, inputs, oracle
+from flashcore_jax.tuning.tiles import Tile, Tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -123,6 +127,25 @@ def test_a_query_does_not_depend_on_the_queries_beside_it(is_causal):
     for count in (1, 16, 100):
         alone = run(arrays[0][:, -count:], *arrays[1:])
         chex.assert_trees_all_equal(alone, jax.tree.map(lambda x, count=count: x[:, -count:], everyone))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("bfloat16", 96), ("float16", 256)])
+def test_the_tile_changes_no_bit(dtype, head_dim):
+    """Neither the rows of a tile, nor how its warps share them, nor whether a program has all of a row's keys: the additions are
+    those of the key grid (`block_k`) and of the splits. Tensor cores of both generations among them."""
+    arrays = inputs(workload(16, 1500, H=head_dim, dtype=dtype, is_causal=True))[:3]
+    problem = problem_of(*arrays, is_causal=True, split_size=512)
+
+    @functools.partial(jax.jit, static_argnames=("run", "tile"))
+    def results(query, key, value, run, tile):
+        options = (132,) if run is decode else ()
+        return run(query, key, value, (), problem, Tiles(tile, tile, tile, tile, tile), *options)
+
+    tiles = [(64, 64, 4, 2), (128, 64, 8, 1), (16, 64, 1, 1), (16, 64, 4, 2), (32, 64, 2, 1), (32, 64, 4, 1), (64, 64, 8, 1)]
+    first = results(*arrays, forward, Tile(*tiles[0]))
+    for run in (forward, decode):
+        for tile in tiles:
+            chex.assert_trees_all_equal(results(*arrays, run, Tile(*tile)), first, custom_message=f"{run.__name__} {tile}")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

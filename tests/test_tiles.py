@@ -34,7 +34,7 @@ def test_block_k_depends_on_the_gpu_the_dtype_and_the_head_dim_alone(gpu, dtype)
             )
         ]
         tiles = [tiles_for(gpu_of(gpu), call) for call in calls]
-        blocks = {tile.block_k for t in tiles for tile in (t.forward, t.closing)}
+        blocks = {tile.block_k for t in tiles for tile in (t.forward, t.closing, t.decode)}
         assert len(blocks) == 1
         assert SPLIT_UNIT % blocks.pop() == 0
 

@@ -81,15 +81,16 @@ def _attend(query, key, value, query_length, key_length, problem: Problem):
 
             return lax.cond(nonempty(block), update, lambda partial: partial, partial), None
 
-        empty = _varying_like(online_softmax.start((p.B, p.K, p.G, q.shape[1]), (p.Hv,)), q, key, value)
+        rows = (p.B, p.K, p.G, q.shape[1]), (p.Hv,)
+        empty, nothing = (_varying_like(make(*rows), q, key, value) for make in (online_softmax.start, online_softmax.nothing))
 
         def close(total, blocks):
-            return online_softmax.merge(total, lax.scan(visit, empty, blocks)[0]), None
+            return online_softmax.merge(total, online_softmax.close(lax.scan(visit, empty, blocks)[0])), None
 
         count = key.shape[0]
         per_split = count if p.split_size is None else min(count, p.split_size // _BLOCK_K)
         closed = count // per_split * per_split
-        total, _ = lax.scan(close, empty, jnp.arange(closed).reshape(-1, per_split))
+        total, _ = lax.scan(close, nothing, jnp.arange(closed).reshape(-1, per_split))
         total = close(total, jnp.arange(closed, count))[0] if closed < count else total
         (out,), lse = online_softmax.finish(total)
         return out, lse

@@ -2,7 +2,7 @@
 
 Two tiers only: a row measured on the GPU (tuning/measured.json), else a heuristic from the GPU's limits.
 
-`block_k` of the two forward tiles is part of the numerics: it is one number for a GPU, dtype and head dim, whatever the
+`block_k` of the forward and decode tiles is part of the numerics: it is one number for a GPU, dtype and head dim, whatever the
 lengths, the batch and the heads are, so that a row has the same bits in every call. The other fields are free.
 """
 

@@ -9,7 +9,6 @@ from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import gpu_of, target_gpu
 from flashcore_jax.tuning.tiles import tiles_for
 
-
 __all__ = ["append", "backward", "forward", "unsupported"]
 
 

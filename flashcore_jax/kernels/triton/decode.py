@@ -26,7 +26,7 @@ from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
-_MERGED_AT_ONCE = 16  # partial sums that are loaded before the first is added: their latencies overlap
+_MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,9 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
+    if parts > 1:
+        # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
+        splits = max(splits, 2)
     return Cut(row_tiles, per_split, splits, parts)
 
 
@@ -101,7 +104,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, prog
         return key_walk(q, k_ref, v_ref, layer, queries, span, lengths, p, tile.block_k, hv)
 
     if cut.is_direct:
-        blocks, sums, _ = walk()
+        blocks, sums = walk()
         _finish(sums(blocks.start, blocks.stop), out_refs, hv, out_rows, queries < lengths[0], exist)
         return
     blocks = visible_blocks(*span, *lengths, p.band, tile.block_k)
@@ -109,7 +112,7 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, prog
 
     @pl.when(start < stop)
     def _():
-        _, sums, _ = walk()
+        _, sums = walk()
         partial = sums(start, stop)
         acc_ref, sum_ref, max_ref = out_refs
         for c, chunk in zip(hv, partial.acc, strict=True):
@@ -141,7 +144,7 @@ def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: i
             total = online_softmax.merge(total, found)
         return total
 
-    nothing = online_softmax.start((count,), tuple(c.width for c in hv))
+    nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
     total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
     _finish(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < lengths[0], exist)
 
@@ -208,7 +211,8 @@ def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiproc
         tile=tile,
     )
     if not cut.is_direct:
-        count = max(1, 256 // padded(p.Hv))
+        # One number a thread where many sums are held at once, up to four where few are.
+        count = max(1, 128 * max(1, min(4, _MERGED_AT_ONCE // cut.splits)) // padded(p.Hv))
         merges = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
         statistic = merges.spec((None, None, cut.splits, count), lambda b, t, k: (b, k, 0, t))
         acc = merges.spec((None, None, cut.splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))

@@ -31,7 +31,6 @@ def key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem: Problem, b
     """
     query_length, key_length = lengths
     h = column_chunks(problem.H)
-    nothing = online_softmax.start(queries.shape, tuple(c.width for c in hv))
     blocks = visible_blocks(*span, query_length, key_length, problem.band, block_k)
 
     def visit(block, partial, masked):
@@ -53,13 +52,13 @@ def key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem: Problem, b
     def sums(start, stop):
         unmasked_start = jnp.clip(blocks.unmasked_start, start, stop)
         unmasked_stop = jnp.clip(blocks.unmasked_stop, start, stop)
-        partial = nothing
+        partial = online_softmax.start(queries.shape, tuple(c.width for c in hv))
         if problem.band.left is not None:  # only a left bound cuts blocks before the unmasked ones
             partial = lax.fori_loop(start, unmasked_start, functools.partial(visit, masked=True), partial)
         partial = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), partial)
-        return lax.fori_loop(unmasked_stop, stop, functools.partial(visit, masked=True), partial)
+        return online_softmax.close(lax.fori_loop(unmasked_stop, stop, functools.partial(visit, masked=True), partial))
 
-    return blocks, sums, nothing
+    return blocks, sums
 
 
 def splits_of(blocks, per_split: int):
@@ -86,7 +85,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
     q = load_chunks(q_ref, column_chunks(problem.H), rows=None if every_row_exists else is_query)
     span = first_query, block_q
     layer = layer_index(more_refs, problem)
-    blocks, sums, nothing = key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem, block_k, hv)
+    blocks, sums = key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem, block_k, hv)
 
     if not closes:
         total = sums(blocks.start, blocks.stop)
@@ -96,6 +95,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
         def close(split, total):
             return online_softmax.merge(total, sums(*part_of(blocks, split, per_split)))
 
+        nothing = online_softmax.nothing((block_q,), tuple(c.width for c in hv))
         total = lax.fori_loop(*splits_of(blocks, per_split), close, nothing)
 
     out, lse = online_softmax.finish(total)
