@@ -133,9 +133,15 @@ class KVCache:
         length = jnp.maximum(jnp.asarray(length, jnp.int32), 0)
         return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
 
-    def reset(self, rows=slice(None)) -> "KVCache":
-        """Empties rows, in all layers: an index, indices, or a mask bool[B]; default all of them."""
-        return dataclasses.replace(self, length=self.length.at[..., rows].set(0), overflowed=self.overflowed.at[..., rows].set(False))
+    def reset(self, rows=None) -> "KVCache":
+        """Empties rows, in all layers: a mask bool[B], an index, or an array of indices; default all of them."""
+        if rows is None:
+            mask = True
+        elif jnp.asarray(rows).dtype == bool:
+            mask = jnp.asarray(rows)
+        else:
+            mask = jnp.zeros(self.length.shape[-1], bool).at[jnp.asarray(rows)].set(True)
+        return dataclasses.replace(self, length=jnp.where(mask, 0, self.length), overflowed=self.overflowed & ~jnp.asarray(mask))
 
     def check(self) -> None:
         """Raises `CacheOverflowError` if a row has overflowed. Waits for the cache to be computed; not for use under `jit`."""
