@@ -1,7 +1,8 @@
 """The contenders. An adapter computes exactly what the cell says, or declines with the reason; it never runs something else.
 
-`Peer.forward(cell)` gives a jittable `f(query, key, value) -> out`. Where a library needs its inputs in another form,
-`Peer.prepare` makes it once, outside the timed call, and `Peer.note` says so beside the numbers.
+`Peer.forward(cell)` gives a jittable `f(query, key, value) -> out`; `Peer.cached(cell)`, for the cells with a cache, a jittable
+`f(query, key, value, query_lengths, key_lengths) -> out`, both lengths int32[B]. Where a library needs its inputs in another
+form, `Peer.prepare` makes it once, outside the timed call, and `Peer.note` says so beside the numbers.
 """
 
 import dataclasses
@@ -21,11 +22,19 @@ class Declined(Exception):
     """This contender does not compute this cell; the text says why."""
 
 
+def reason_of(error: Exception) -> str:
+    if isinstance(error, Declined):
+        return str(error)
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
 @dataclasses.dataclass(frozen=True)
 class Peer:
     name: str
     label: str
-    forward: Callable[[Cell], Callable]
+    forward: Callable[[Cell], Callable] | None
+    cached: Callable[[Cell], Callable] | None = None
     triton: bool = False  # one of the kernels that JAX lowers through Triton
     gpu_only: bool = True
     no_backward: str | None = None
@@ -33,12 +42,16 @@ class Peer:
     note: str = ""
 
     def program(self, cell: Cell, direction: str) -> Callable:
-        """fwd: f(q, k, v) -> out. fwd+bwd: f(q, k, v, d_out) -> (out, dq, dk, dv), to be jitted as one function."""
+        """fwd: f(q, k, v) -> out, with a cache f(q, k, v, query_lengths, key_lengths) -> out. fwd+bwd: f(q, k, v, d_out)
+        -> (out, dq, dk, dv), to be jitted as one function."""
         if self.gpu_only and jax.default_backend() != "gpu":
             raise Declined("needs an NVIDIA GPU")
         if direction != "fwd" and self.no_backward:
             raise Declined(self.no_backward)
-        forward = self.forward(cell)
+        adapter = self.cached if cell.cached else self.forward
+        if adapter is None:
+            raise Declined("no lengths of rows" if cell.cached else "for a cache only")
+        forward = adapter(cell)
         if direction == "fwd":
             return forward
 
@@ -55,11 +68,51 @@ def _flashcore(cell, **choice):
     return functools.partial(flashcore_jax.attention, **cell.options, **choice)
 
 
+def _flashcore_cached(cell, **choice):
+    import flashcore_jax
+
+    def attend(query, key, value, query_lengths, key_lengths):
+        lengths = {"query_seq_lengths": query_lengths, "key_value_seq_lengths": key_lengths}
+        return flashcore_jax.attention(query, key, value, is_causal=cell.is_causal, **lengths, **choice)
+
+    return attend
+
+
+def _ours(**choice) -> dict:
+    """Both adapters of one of our own variants."""
+    return {"forward": functools.partial(_flashcore, **choice), "cached": functools.partial(_flashcore_cached, **choice), "gpu_only": False}
+
+
+def _causal_mask(cell, key_lengths):
+    """bool[B, 1, T, S]: the last query stands on the last valid key. jax.nn and tokamax align the first query with the first key."""
+    position = key_lengths[:, None, None, None] - cell.T + jnp.arange(cell.T)[:, None]
+    return jnp.arange(cell.S) <= position
+
+
 def _jax_nn(cell, implementation):
-    logits = 4 * cell.B * cell.N * cell.T**2
-    if implementation == "xla" and logits > 30e9:
-        raise Declined(f"its T-by-S logits alone would take {logits / 1e9:.0f} GB")
+    if implementation == "xla":
+        _decline_large_logits(cell)
     return functools.partial(jax.nn.dot_product_attention, **cell.options, implementation=implementation)
+
+
+def _jax_nn_cached(cell, implementation):
+    if implementation == "xla":
+        _decline_large_logits(cell)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+
+    def of_one_query(query, key, value, query_lengths, key_lengths):
+        return attend(query, key, value, query_seq_lengths=query_lengths, key_value_seq_lengths=key_lengths)
+
+    def of_a_chunk(query, key, value, query_lengths, key_lengths):
+        return attend(query, key, value, mask=_causal_mask(cell, key_lengths))
+
+    return of_one_query if cell.T == 1 else of_a_chunk
+
+
+def _decline_large_logits(cell):
+    logits = 4 * cell.B * cell.N * cell.T * cell.keys
+    if logits > 30e9:
+        raise Declined(f"its T-by-S logits alone would take {logits / 1e9:.0f} GB")
 
 
 def _pallas_ops_triton(cell):
@@ -81,6 +134,15 @@ def _pallas_ops_mosaic(cell):
 
     config = mgpu.TuningConfig(block_q=64, block_kv=64 if cell.H > 128 else 128, max_concurrent_steps=2, causal=cell.is_causal)
     return lambda q, k, v: mgpu.attention(q, k, v, config)
+
+
+def _pallas_ops_gqa(cell):
+    if cell.T != 1:
+        raise Declined("one query per row only")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import decode_attention
+    return lambda q, k, v, _, key_lengths: decode_attention.gqa(q[:, 0], k, v, kv_seq_len=key_lengths)[:, None]
 
 
 def _scaled_float16(cell, query, key, value):
@@ -118,29 +180,44 @@ def _tokamax_attention(cell, implementation):
     return functools.partial(_tokamax().dot_product_attention, **cell.options, implementation=implementation)
 
 
+def _tokamax_cached(cell, implementation):
+    attend = functools.partial(_tokamax().dot_product_attention, implementation=implementation)
+    if cell.T == 1:
+        return lambda q, k, v, _, key_lengths: attend(q, k, v, key_value_seq_lengths=key_lengths)
+    return lambda q, k, v, _, key_lengths: attend(q, k, v, mask=_causal_mask(cell, key_lengths))
+
+
+def _both(forward, cached, implementation) -> dict:
+    return {name: functools.partial(adapter, implementation=implementation) for name, adapter in (("forward", forward), ("cached", cached))}
+
+
+_TOKAMAX_NOTE = "with two renamed JAX functions put back (benchmarks/peers.py)"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("flashcore", "flashcore", functools.partial(_flashcore, implementation="triton"), triton=True, gpu_only=False),
-        Peer(
-            "flashcore_nosplit", "flashcore, split_size=None",
-            functools.partial(_flashcore, implementation="triton", split_size=None), triton=True, gpu_only=False,
-        ),
-        Peer("flashcore_xla", "flashcore, xla", functools.partial(_flashcore, implementation="xla"), gpu_only=False),
-        Peer("cudnn", "cuDNN (jax.nn)", functools.partial(_jax_nn, implementation="cudnn")),
-        Peer("xla", "XLA (jax.nn)", functools.partial(_jax_nn, implementation="xla"), gpu_only=False),
+        Peer("flashcore", "flashcore", **_ours(implementation="triton"), triton=True),
+        Peer("flashcore_nosplit", "flashcore, split_size=None", **_ours(implementation="triton", split_size=None), triton=True),
+        Peer("flashcore_xla", "flashcore, xla", **_ours(implementation="xla")),
+        Peer("cudnn", "cuDNN (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "cudnn")),
+        Peer("xla", "XLA (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "xla"), gpu_only=False),
         Peer("pallas_triton", "pallas.ops Triton", _pallas_ops_triton, triton=True),
+        Peer(
+            "pallas_gqa", "pallas.ops gqa", None, _pallas_ops_gqa, triton=True,
+            note="transposes all keys and values in every call, and NaN beyond a row's length would reach its output",
+        ),
         Peer(
             "pallas_mosaic", "pallas.ops Mosaic GPU, fp16", _pallas_ops_mosaic, prepare=_scaled_float16,
             no_backward="no causal backward, and no scale",
             note="takes float16 only and has no scale: given the same values in float16, query scaled beforehand",
         ),
-        Peer("tokamax_triton", "tokamax Triton", functools.partial(_tokamax_attention, implementation="triton"), triton=True,
-             note="with two renamed JAX functions put back (benchmarks/peers.py)"),
-        Peer("tokamax_mosaic", "tokamax Mosaic GPU", functools.partial(_tokamax_attention, implementation="mosaic_gpu"),
-             note="with two renamed JAX functions put back (benchmarks/peers.py)"),
+        Peer("tokamax_triton", "tokamax Triton", **_both(_tokamax_attention, _tokamax_cached, "triton"), triton=True, note=_TOKAMAX_NOTE),
+        Peer("tokamax_mosaic", "tokamax Mosaic GPU", **_both(_tokamax_attention, _tokamax_cached, "mosaic_gpu"), note=_TOKAMAX_NOTE),
     )
 }  # fmt: skip
-DEFAULT = tuple(name for name in PEERS if name != "flashcore_xla")
-QUICK = ("flashcore", "flashcore_nosplit", "flashcore_xla", "xla", "cudnn")
 OURS, NO_SPLIT, BASELINE = "flashcore", "flashcore_nosplit", "cudnn"
+DEFAULT = {
+    "prefill": tuple(name for name in PEERS if name not in ("flashcore_xla", "pallas_gqa")),
+    "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name != "flashcore_xla"),
+    "latency": (OURS, BASELINE),
+}
+QUICK = ("flashcore", "flashcore_nosplit", "flashcore_xla", "xla", "cudnn")

@@ -1,5 +1,6 @@
 """The pictures of docs/images, drawn from the `Results` of benchmarks.report."""
 
+import functools
 import pathlib
 
 from benchmarks.peers import BASELINE, OURS, PEERS
@@ -7,14 +8,17 @@ from benchmarks.workloads import DIRECTIONS, TITLES, Cell
 
 COLOURS = {
     "flashcore": "#d1495b", "flashcore_nosplit": "#f0a6ae", "flashcore_xla": "#edae49", "cudnn": "#66a182", "xla": "#b0b0b0",
-    "pallas_triton": "#2e6f9e", "pallas_mosaic": "#8db8d8", "tokamax_triton": "#5b3a8c", "tokamax_mosaic": "#b39bd1",
+    "pallas_triton": "#2e6f9e", "pallas_gqa": "#2e6f9e", "pallas_mosaic": "#8db8d8", "tokamax_triton": "#5b3a8c", "tokamax_mosaic": "#b39bd1",
 }  # fmt: skip
 
 
-def of(results, folder: pathlib.Path) -> dict[pathlib.Path, object]:
+def of(boards, folder: pathlib.Path) -> dict[pathlib.Path, object]:
     """{file: the function that draws it}."""
-    board = {folder / "prefill_tflops.png": draw_tflops, folder / "prefill_fraction.png": draw_fraction} if results.cells else {}
-    return board | ({folder / "memory.png": draw_memory} if results.memory else {})
+    prefill, decode = boards["prefill"], boards["decode"]
+    drawn = {"prefill_tflops": (draw_tflops, prefill), "prefill_fraction": (draw_fraction, prefill)} if prefill.cells else {}
+    drawn |= {"memory": (draw_memory, prefill)} if prefill.memory else {}
+    drawn |= {"decode_bandwidth": (draw_bandwidth, decode)} if decode.cells else {}
+    return {folder / f"{name}.png": functools.partial(draw, results) for name, (draw, results) in drawn.items()}
 
 
 def _axes(rows: int, size):
@@ -58,6 +62,32 @@ def draw_tflops(results):
         ax.set_ylabel("TFLOP/s")
         ax.set_title(TITLES[direction], loc="left")
     axes[0].legend(ncols=5, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08))
+    return figure
+
+
+def draw_bandwidth(results):
+    """Bars, from the least to the most keys that are read: several cells have the same batch x context, in other shapes."""
+    cells = sorted((name for name, cell in results.cells.items() if cell.T == 1), key=lambda name: results.cells[name].lengths.sum())
+    names = results.contenders("fwd")
+    figure, (ax,) = _axes(1, (13, 5))
+    width = 0.85 / max(len(names), 1)
+    for i, name in enumerate(names):
+        found = {x: record["gbps"] for x, cell in enumerate(cells) if (record := results.ok(cell, "fwd", name))}
+        places = [x + (i - (len(names) - 1) / 2) * width for x in found]
+        ax.bar(places, list(found.values()), width, color=COLOURS[name], label=PEERS[name].label)
+    if roof := results.ceilings.get("read"):
+        ax.axhline(roof["value"], color="#444444", linestyle=":", linewidth=1)
+        ax.annotate(f"read ({roof['what']})", (len(cells) - 0.5, roof["value"]), ha="right", va="bottom", fontsize=8, color="#444444")
+    ticks = []
+    for name in cells:
+        cell = results.cells[name]
+        shape, heads, size = str(cell).split(", ")
+        ticks.append(f"{name}\n{shape}\n{heads}, {size}\n{cell.lengths.sum() / 1024:,.4g}k keys")
+    ax.set_xticks(range(len(cells)), ticks, fontsize=8)
+    ax.set_xlabel("batch x context (valid keys), ascending")
+    ax.set_ylabel("GB/s of valid keys and values")
+    ax.set_title("Decode, one token per row", loc="left")
+    ax.legend(ncols=len(names), fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.06))
     return figure
 
 

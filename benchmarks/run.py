@@ -1,13 +1,17 @@
 """Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
 
-    python -m benchmarks.run --board prefill --memory --out benchmarks/results/NAME.jsonl
-    python -m benchmarks.run --cells P1,P2 --peers flashcore,cudnn --out x.jsonl
+    python -m benchmarks.run --board prefill decode loops latency --memory --out benchmarks/results/NAME.jsonl
+    python -m benchmarks.run --board decode --cells D1,D5 --peers flashcore,cudnn --out x.jsonl
     python -m benchmarks.run --quick --memory --out x.jsonl          # tiny cells, also on a CPU
 
 One JSON object per line, appended and flushed as it is found, so that a run that is stopped leaves what it had:
     run      device, versions, date: the other lines name it by `run`
-    ceiling  what this GPU reaches on a large matrix product and on a copy
-    time     one contender, cell and direction: status ok, declined (it does not compute this), wrong or failed, with the reason
+    ceiling  what this GPU reaches on a large matrix product, on a copy and on a sum
+    time     one contender, cell and direction of a `board`: status ok, declined (it does not compute this), wrong or failed, with
+             the reason. time_us: kernel time of one call. wall_us: from Python, until its result is there. ratio: the baseline's
+             time over this one's. tflops; on a cache also gbps, its valid keys and values over the time. On the board "loops",
+             whose contenders are the forms of a loop: turn_us, and of its program temp_bytes, alias_bytes and copies, {opcode: how
+             many} of the instructions that make an array as large as one layer's keys
     memory   temporary bytes that XLA reserves for one call
 """
 
@@ -19,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -27,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 # Room for the XLA contender's T×S logits; still leaves some of the GPU to libraries that allocate by themselves.
@@ -37,23 +41,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import exact, peers, timing, workloads
+from benchmarks import exact, loops, peers, timing, workloads
+from benchmarks.peers import reason_of
+from benchmarks.timing import say
 from benchmarks.workloads import Cell
 
 CELLS_PER_BATCH = 5  # compiled together; what a crash in a compiler can take with it
-_start = time.perf_counter()
 _lowering = threading.Lock()  # tracing holds the interpreter's lock anyway, and not every library's tracing is thread-safe
-
-
-def say(text: str) -> None:
-    print(f"[{time.perf_counter() - _start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-def reason_of(error: Exception) -> str:
-    if isinstance(error, peers.Declined):
-        return str(error)
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:300]
 
 
 def _version(name: str) -> str | None:
@@ -94,8 +88,8 @@ class Job:
         return f"{self.cell.name} {self.direction} {self.peer or 'exact'}"
 
     def compile(self):
-        q, k = (jax.ShapeDtypeStruct(shape, self.cell.dtype) for shape in (self.cell.query_shape, self.cell.key_shape))
-        inputs = (q, k, k, q)
+        with _lowering:
+            inputs = jax.eval_shape(functools.partial(random_inputs, self.cell), jax.random.key(0))
         with jax.enable_x64(self.peer is None):
             with _lowering:
                 if self.peer is None:
@@ -103,15 +97,19 @@ class Job:
                 else:
                     peer = peers.PEERS[self.peer]
                     program = peer.program(self.cell, self.direction)
-                    inputs = jax.eval_shape(functools.partial(_prepare, peer, self.cell), *inputs)
-                    inputs = inputs if self.direction != "fwd" else inputs[:3]
+                    inputs = taken(self.cell, self.direction, jax.eval_shape(functools.partial(_prepare, peer, self.cell), *inputs))
                 lowered = jax.jit(program).lower(*inputs)
             return lowered.compile()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepare(peer, cell, q, k, v, d_out):
-    return (*(peer.prepare(cell, q, k, v) if peer.prepare else (q, k, v)), d_out)
+def _prepare(peer, cell, q, k, v, *more):
+    return (*(peer.prepare(cell, q, k, v) if peer.prepare else (q, k, v)), *more)
+
+
+def taken(cell: Cell, direction: str, inputs):
+    """Those of a cell's inputs that a contender takes: `d_out` in the backward only."""
+    return inputs if cell.cached or direction != "fwd" else inputs[:3]
 
 
 def loaded(program):
@@ -143,8 +141,12 @@ def compile_all(jobs, threads: int) -> dict[Job, object]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def random_inputs(cell: Cell, key):
+    """(query, key, value, d_out); on a cache (query, key, value, query_lengths, key_lengths)."""
     shapes = cell.query_shape, cell.key_shape, cell.key_shape, cell.query_shape
-    return tuple(jax.random.normal(k, shape).astype(cell.dtype) for k, shape in zip(jax.random.split(key, 4), shapes, strict=True))
+    arrays = (jax.random.normal(k, shape).astype(cell.dtype) for k, shape in zip(jax.random.split(key, 4), shapes, strict=True))
+    if not cell.cached:
+        return tuple(arrays)
+    return *itertools.islice(arrays, 3), jnp.full(cell.B, cell.T, jnp.int32), jnp.asarray(cell.lengths)
 
 
 @jax.jit
@@ -152,12 +154,39 @@ def _largest_differences(a, b):
     return [jnp.max(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32))) for x, y in zip(a, b, strict=True)]
 
 
+def measure_board(board: str, cells, args):
+    """Yields the records of one board."""
+    if board == "loops":
+        for cell in cells:
+            yield from _guarded(cell, loops.measure(cell, args.rounds))
+        return
+    names = args.peers or (peers.QUICK if args.quick else peers.DEFAULT[board])
+    directions = [direction for direction in args.directions if direction in workloads.directions(board)]
+    for first in range(0, len(cells), CELLS_PER_BATCH):
+        batch = cells[first : first + CELLS_PER_BATCH]
+        jobs = [Job(cell, direction, name) for cell in batch for direction in directions for name in names]
+        jobs += [Job(cell, "fwd+bwd", None) for cell in batch if not cell.cached]
+        compiled = compile_all(jobs, args.threads)
+        for cell in batch:
+            yield from _guarded(cell, measure_cell(cell, compiled, names, directions, args.rounds))
+
+
+def _guarded(cell, records):
+    try:
+        yield from records
+    except Exception as e:  # out of memory for the inputs, say: the next cell may still fit
+        say(f"{cell.name}: {reason_of(e)}")
+
+
 def measure_cell(cell: Cell, compiled: dict, names, directions, samples: int):
     """Yields the cell's records."""
     one_set = sum(2 * int(np.prod(s)) for s in (cell.query_shape, cell.key_shape, cell.key_shape))
     input_sets = [random_inputs(cell, key) for key in jax.random.split(jax.random.key(0), timing.copies_needed(one_set))]
     try:
-        truth = [np.asarray(x) for x in loaded(compiled[Job(cell, "fwd+bwd", None)])(*input_sets[0])]
+        if cell.cached:
+            truth = exact.cached(cell, *input_sets[0][:3])
+        else:
+            truth = [np.asarray(x) for x in loaded(compiled[Job(cell, "fwd+bwd", None)])(*input_sets[0])]
     except Exception as e:  # the times are still worth having; their records hold no errors
         say(f"{cell.name}: no exact answer: {reason_of(e)}")
         truth = None
@@ -180,7 +209,7 @@ def measure(cell: Cell, direction: str, programs: dict, input_sets, truth, sampl
         try:
             program, peer = loaded(programs[name]), peers.PEERS[name]
             sets = [_prepare(peer, cell, *arrays) if peer.prepare else arrays for arrays in input_sets]
-            sets = [arrays[: 3 if direction == "fwd" else 4] for arrays in sets]
+            sets = [taken(cell, direction, arrays) for arrays in sets]
             results = program(*sets[0])
             results = results if direction == "fwd+bwd" else (results,)
             ours = results if name == peers.OURS else ours
@@ -201,22 +230,19 @@ def measure(cell: Cell, direction: str, programs: dict, input_sets, truth, sampl
     del ours
 
     for name, (clock, times) in timing.interleaved(contenders, samples, stop).items():
-        median = statistics.median(times)
-        low, high = np.percentile(times, [10, 90])
-        records[name] |= {
-            "status": "ok", "clock": clock, "samples": len(times),
-            "time_us": {"median": median, "min": min(times), "spread": float(high - low) / median},
-            "wall_us": statistics.median(timing.wall_us(contenders[name], 5)),
-            "tflops": cell.flops(direction) / median * 1e-6,
-        }  # fmt: skip
+        found = timing.summary(contenders[name], clock, times)
+        median = found["time_us"]["median"]
+        records[name] |= found | {"tflops": cell.flops(direction) / median * 1e-6}
+        records[name] |= {"gbps": cell.kv_bytes / median * 1e-3} if cell.cached else {}
     baseline = records.get(peers.BASELINE, {}).get("time_us", {}).get("median")
     for name, record in records.items():
         if record["status"] == "ok":
             record["ratio"] = baseline / record["time_us"]["median"] if baseline else None
             versus = f"{record['ratio']:.3f} of {peers.BASELINE}" if baseline else ""
             errors = ", ".join(f"{k} {e:.2f}" for k, e in record["errors"].items())
+            speed = f"{record['gbps']:7.1f} GB/s" if cell.cached and cell.T == 1 else f"{record['tflops']:7.1f} TFLOP/s"
             say(
-                f"{cell.name} {direction:7} {name:18} {record['time_us']['median']:9.1f} µs ({record['clock']}) {record['tflops']:7.1f} TFLOP/s  {versus}  errors/gate: {errors}"
+                f"{cell.name} {direction:7} {name:18} {record['time_us']['median']:9.1f} µs ({record['clock']}) {speed}  {versus}  errors/gate: {errors}"
             )
         yield record
 
@@ -232,6 +258,12 @@ def measure_ceilings(quick: bool, samples: int):
     roofs = {
         "matmul": ("TFLOP/s", 2 * size**3 * 1e-6, timing.Rotating(jax.jit(jnp.matmul), [(a, b)]), f"bf16, {size} cubed"),
         "copy": ("GB/s", 8 * length * 1e-3, timing.Rotating(jax.jit(lambda x: x + 1), [(x,)]), f"{4 * length >> 10} KiB, read and written"),
+        "read": (
+            "GB/s",
+            4 * length * 1e-3,
+            timing.Rotating(jax.jit(lambda x: x.sum(1)), [(x.reshape(-1, 4096),)]),
+            f"{4 * length >> 10} KiB, read and summed",
+        ),
     }
     times = timing.interleaved({name: f for name, (_, _, f, _) in roofs.items()}, samples, lambda name, e: say(f"{name}: {reason_of(e)}"))
     for name, (clock, us) in times.items():
@@ -264,10 +296,12 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--board", choices=[*workloads.BOARDS, "none"], default="prefill")
-    parser.add_argument("--cells", type=names, help="only these, as in P1,P2")
+    parser.add_argument("--board", choices=[*workloads.BOARDS, "none"], nargs="+", action="extend", help="one or more; default prefill")
+    parser.add_argument("--cells", type=names, help="only these, as in P1,D5")
     parser.add_argument("--peers", type=names, help=f"of {', '.join(peers.PEERS)}")
-    parser.add_argument("--directions", type=names, default=list(workloads.DIRECTIONS), help="fwd, fwd+bwd or both (default)")
+    parser.add_argument(
+        "--directions", type=names, default=list(workloads.DIRECTIONS), help="of the board prefill: fwd, fwd+bwd or both (default)"
+    )
     parser.add_argument("--rounds", type=int, help="timed calls per contender (default 20)")
     parser.add_argument(
         "--threads", type=int, default=min(16, os.cpu_count() or 1), help="that compile (default: one per core, at most 16)"
@@ -276,18 +310,18 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="tiny cells and few rounds")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a .jsonl file to append to")
     args = parser.parse_args(argv)
-    args.peers = args.peers or list(peers.QUICK if args.quick else peers.DEFAULT)
     args.rounds = args.rounds or (4 if args.quick else 20)
-    boards = workloads.QUICK_BOARDS if args.quick else workloads.BOARDS
-    args.board = boards.get(args.board, ())
+    cells = workloads.QUICK_BOARDS if args.quick else workloads.BOARDS
+    args.boards = {board: cells[board] for board in dict.fromkeys(args.board or ["prefill"]) if board != "none"}
     for given, known in (
-        (args.peers, peers.PEERS),
+        (args.peers or (), peers.PEERS),
         (args.directions, workloads.DIRECTIONS),
-        (args.cells or (), [c.name for c in args.board]),
+        (args.cells or (), [cell.name for board in args.boards.values() for cell in board]),
     ):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    args.board = [cell for cell in args.board if args.cells is None or cell.name in args.cells]
+    if args.cells is not None:
+        args.boards = {board: [cell for cell in cells if cell.name in args.cells] for board, cells in args.boards.items()}
     return args
 
 
@@ -296,7 +330,10 @@ def main(argv=None) -> None:
     warnings.simplefilter("ignore")  # the contenders' deprecations, and interpret mode's
     run = describe_run(args.quick, sys.argv[1:] if argv is None else argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{run['device']}, jax {run['versions']['jax']}; {len(args.board)} cells, {args.directions}, {args.peers}")
+    say(
+        f"{run['device']}, jax {run['versions']['jax']}; cells: "
+        + ", ".join(f"{len(cells)} {board}" for board, cells in args.boards.items())
+    )
     count = collections.Counter()
     with args.out.open("a") as file:
 
@@ -307,24 +344,14 @@ def main(argv=None) -> None:
                 file.flush()
 
         write([run])
-        if args.board:
+        if any(args.boards.values()):
             write(measure_ceilings(args.quick, args.rounds))
-        for first in range(0, len(args.board), CELLS_PER_BATCH):
-            batch = args.board[first : first + CELLS_PER_BATCH]
-            wanted = [(direction, name) for direction in args.directions for name in args.peers] + [("fwd+bwd", None)]
-            compiled = compile_all([Job(cell, direction, name) for cell in batch for direction, name in wanted], args.threads)
-            for cell in batch:
-                try:
-                    write(measure_cell(cell, compiled, args.peers, args.directions, args.rounds))
-                except Exception as e:  # out of memory for the inputs, say: the next cell may still fit
-                    say(f"{cell.name}: {reason_of(e)}")
+        for board, cells in args.boards.items():
+            write({"board": board} | record for record in measure_board(board, cells, args))
         if args.memory:
             cells = workloads.QUICK_MEMORY if args.quick else workloads.MEMORY
-            write(
-                measure_memory(
-                    cells, [name for name in (peers.OURS, "flashcore_xla") if name in args.peers or not args.quick], args.threads
-                )
-            )
+            names = [name for name in (peers.OURS, "flashcore_xla") if not args.quick or name in (args.peers or peers.QUICK)]
+            write(measure_memory(cells, names, args.threads))
     say(f"wrote {args.out}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
 
 

@@ -2,12 +2,20 @@
 
 import itertools
 import math
+import statistics
+import sys
 import time
 
 import jax
+import numpy as np
 
 ROTATE_BELOW = 100_000_000  # bytes: inputs smaller than this could stay in the L2 from one call to the next
 _ROTATED_BYTES = 400_000_000
+_start = time.perf_counter()
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - _start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Rotating:
@@ -27,6 +35,19 @@ class Rotating:
         raise NotImplementedError
 
     lower = trace
+
+
+class Carrying(Rotating):
+    """A function `step(state) -> (out, state)` that consumes its state, as a donated cache: each call takes what the last one
+    left, and returns `out` alone, for the state is gone when the next call comes."""
+
+    def __init__(self, step, state):
+        self._step = step
+        self._state = state
+
+    def __call__(self):
+        out, self._state = self._step(self._state)
+        return out
 
 
 def copies_needed(input_bytes: int) -> int:
@@ -95,3 +116,14 @@ def interleaved(contenders: dict, samples: int, on_error, per_visit: int = 4) ->
                 on_error(name, e)
                 del times[name]
     return {name: (clocks[name], samples) for name, samples in times.items()}
+
+
+def summary(f: Rotating, clock: str, times: list[float]) -> dict:
+    """What a record says of these times, with the host's time of a few more calls."""
+    median = statistics.median(times)
+    low, high = np.percentile(times, [10, 90])
+    return {
+        "status": "ok", "clock": clock, "samples": len(times),
+        "time_us": {"median": median, "min": min(times), "spread": float(high - low) / median},
+        "wall_us": statistics.median(wall_us(f, 5)),
+    }  # fmt: skip
