@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flashcore_jax import implementations
-from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, check
+from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +119,7 @@ class KVCache:
             _raise_if(overflowed, f"room for {T} more tokens in a cache of capacity {self.capacity}")
         count = jnp.where(overflowed, 0, count)
         name = implementations.choose(implementation, None)
-        keys, values = _append(self.key, self.value, key, value, length, count, layer, name)
+        keys, values = _append(self.key, self.value, key, value, length, count, layer, name=name)
         length = length + count
         if layer is not None:
             length, overflowed = self.length.at[layer[0]].set(length), self.overflowed.at[layer[0]].set(overflowed)
@@ -130,18 +130,25 @@ class KVCache:
 
         An overflowed row that holds all of those tokens is whole again.
         """
-        length = jnp.maximum(jnp.asarray(length, jnp.int32), 0)
+        length = jnp.asarray(length)
+        rows = self.length.shape
+        check([
+            (jnp.issubdtype(length.dtype, jnp.integer), DtypeError, "length to be an int or an int32 array", length.dtype, "pass int32"),
+            (length.shape in ((), rows[-1:], rows), ShapeError, f"length of shape (), [B] = {rows[-1:]}, or that of the cache's {rows}", length.shape, "give one length per row"),
+        ])  # fmt: skip
+        length = jnp.maximum(length.astype(jnp.int32), 0)
         return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
 
-    def reset(self, rows=None) -> "KVCache":
-        """Empties rows, in all layers: a mask bool[B], an index, or an array of indices; default all of them."""
-        if rows is None:
-            mask = True
-        elif jnp.asarray(rows).dtype == bool:
-            mask = jnp.asarray(rows)
-        else:
-            mask = jnp.zeros(self.length.shape[-1], bool).at[jnp.asarray(rows)].set(True)
-        return dataclasses.replace(self, length=jnp.where(mask, 0, self.length), overflowed=self.overflowed & ~jnp.asarray(mask))
+    def reset(self, rows=slice(None)) -> "KVCache":
+        """Empties rows, in all layers: an index, a slice, an array of indices, or a mask bool[B]; default all of them."""
+        if not isinstance(rows, slice):
+            rows = jnp.asarray(rows)
+            if rows.dtype == bool:  # a traced mask is no index
+                return self._emptied(rows)
+        return self._emptied(jnp.zeros(self.length.shape[-1], bool).at[rows].set(True))
+
+    def _emptied(self, mask) -> "KVCache":
+        return dataclasses.replace(self, length=jnp.where(mask, 0, self.length), overflowed=self.overflowed & ~mask)
 
     def check(self) -> None:
         """Raises `CacheOverflowError` if a row has overflowed. Waits for the cache to be computed; not for use under `jit`."""
@@ -180,7 +187,8 @@ class KVCache:
         lengths = query_seq_lengths
         check([
             (value.shape[1] == T and T >= 1, ShapeError, "key and value with the same T >= 1", (T, value.shape[1]), "append one value for each key"),
-            (lengths is None or (getattr(lengths, "shape", None) == (B,) and jnp.issubdtype(lengths.dtype, jnp.integer)), ShapeError, f"query_seq_lengths int32[B] = ({B},)", getattr(lengths, "shape", lengths), "give one length per row of the batch"),
+            (lengths is None or (hasattr(lengths, "dtype") and jnp.issubdtype(lengths.dtype, jnp.integer)), DtypeError, "query_seq_lengths to be an int32 array", getattr(lengths, "dtype", type(lengths).__name__), "pass jnp.asarray(lengths, jnp.int32)"),
+            (lengths is None or getattr(lengths, "shape", None) == (B,), ShapeError, f"query_seq_lengths int32[B] = ({B},)", getattr(lengths, "shape", None), "give one length per row of the batch"),
         ])  # fmt: skip
         return B, T
 
@@ -191,14 +199,28 @@ def _raise_if(overflowed, expected: str) -> None:
         raise CacheOverflowError(f"expected {expected}; rows {rows} have none; create a larger cache, or truncate() or reset() these rows")
 
 
+def _append(*arguments, name: str):
+    """Through "xla" differentiable as it is, in every mode; a kernel's derivative is written down below."""
+    if name == "xla":
+        return implementations.module(name).append(*arguments)
+    try:
+        return _append_by_kernel(*arguments, name)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise Unsupported(
+            f'implementation="{name}" has no forward-mode differentiation; pass implementation="xla", which has every mode and order'
+        ) from error
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 @functools.partial(jax.jit, static_argnums=(7,))
-def _append(cache_key, cache_value, key, value, start, count, layer, name: str):
+def _append_by_kernel(cache_key, cache_value, key, value, start, count, layer, name: str):
     return tuple(implementations.module(name).append(cache_key, cache_value, key, value, start, count, layer))
 
 
 def _append_fwd(cache_key, cache_value, key, value, start, count, layer, name: str):
-    return _append(cache_key, cache_value, key, value, start, count, layer, name), (start, count, layer, key.shape[1])
+    return _append_by_kernel(cache_key, cache_value, key, value, start, count, layer, name), (start, count, layer, key.shape[1])
 
 
 def _append_bwd(name: str, residuals, cotangents):
@@ -213,4 +235,4 @@ def _append_bwd(name: str, residuals, cotangents):
     return *kept, *written, None, None, None
 
 
-_append.defvjp(_append_fwd, _append_bwd)
+_append_by_kernel.defvjp(_append_fwd, _append_bwd)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flashcore_jax.attention import attend
 from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.cache import KVCache
+from flashcore_jax.errors import ShapeError, check
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, problem_of
 
 
@@ -27,7 +28,10 @@ def attention_with_kv_cache(
 ) -> tuple[Output, KVCache] | tuple[Output, LogSumExp, KVCache]:
     """Appends T new tokens to each row of the cache, then lets their queries attend to all that the row holds.
 
-        cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
+        check([
+        (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
+    ])  # fmt: skip
+    cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
         out = attention(query, cache.key, cache.value, key_value_seq_lengths=cache.length, ...)
 
     T = 1 is a decode step, T > 1 a prompt, a chunk of one, or tokens to be verified; a row's new tokens stand behind those it
@@ -60,6 +64,9 @@ def attention_with_kv_cache(
         key_value_seq_lengths=cache.row_state(cache.layer_index(layer))[0], local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, stacked=cache.layers is not None,
     )  # fmt: skip
+    check([
+        (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
+    ])  # fmt: skip
     cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths, implementation=implementation)
     layer = cache.layer_index(layer)
     length, overflowed = cache.row_state(layer)

@@ -9,7 +9,7 @@ from flashcore_jax import __main__ as command
 from flashcore_jax import implementations
 
 ROOT = pathlib.Path(__file__).parents[1]
-TABLES = ["Which implementation a call takes", "Errors against float64", "Milliseconds, causal"]
+TABLES = ["Which implementation a call takes", "Errors against float64", "prefill == decode, bfloat16", "Milliseconds, causal"]
 
 
 def test_quick_run_is_right():
@@ -18,8 +18,12 @@ def test_quick_run_is_right():
     assert f"flashcore_jax {flashcore_jax.__version__}" in run.stdout
     places = [run.stdout.index(title) for title in TABLES]
     assert places == sorted(places)
+    checked, _, timed = (run.stdout[start:stop].splitlines() for start, stop in zip(places[1:], [*places[2:], None], strict=True))
     for name in ("triton", "xla"):
-        assert any(name in line for line in run.stdout[places[1] : places[2]].splitlines()), f"{name} was not checked"
+        for kind in ("bfloat16, causal", "decode"):
+            assert any(line.startswith(kind) and name in line for line in checked), f"{kind} was not checked through {name}"
+    for name in ("flashcore", "jax.nn"):
+        assert any(line.startswith("decode") and name in line for line in timed), f"{name} did not decode on the clock"
     assert "Everything was right" in run.stdout
 
 
@@ -32,11 +36,26 @@ def test_a_wrong_implementation_fails(monkeypatch, capsys):
         return out * 1.01, lse
 
     monkeypatch.setattr(module, "attend", with_one_percent_too_much)
-    monkeypatch.setattr(command, "times", lambda workloads: True)
+    monkeypatch.setattr(command, "times", lambda *workloads: True)
     assert command.main(["--quick"]) != 0
     printed = capsys.readouterr().out
     assert "WRONG" in printed
     assert "Everything was right" not in printed
+
+
+def test_a_wrong_decode_step_fails(monkeypatch, capsys):
+    module = implementations.module("xla")
+    attend = module.attend
+
+    def with_one_percent_too_much(query, *arguments):
+        out, lse = attend(query, *arguments)
+        return (out * 1.01 if query.shape[1] == 1 else out), lse
+
+    monkeypatch.setattr(module, "attend", with_one_percent_too_much)
+    monkeypatch.setattr(command, "promises_bits", lambda workload: True)
+    assert not command.correctness([], command.DECODE_KINDS[:1])
+    assert not command.equality(["bfloat16"])
+    assert capsys.readouterr().out.count("WRONG") == 2
 
 
 def test_a_failing_implementation_fails(monkeypatch, capsys):
@@ -44,6 +63,6 @@ def test_a_failing_implementation_fails(monkeypatch, capsys):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(implementations.module("xla"), "attend", fail)
-    monkeypatch.setattr(command, "times", lambda workloads: True)
+    monkeypatch.setattr(command, "times", lambda *workloads: True)
     assert command.main(["--quick"]) != 0
     assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out

@@ -61,6 +61,8 @@ def load_chunks(ref, chunks, index=(), rows=None):
 
 def store(ref, value, index=..., rows=None, columns=None):
     """Stores `value`, rounded to the ref's dtype, where the masks over its rows and columns say yes."""
+    if isinstance(index, tuple):  # under x64 the interpreter takes a Python int for an int64, beside other starts that are int32
+        index = tuple(pl.ds(jnp.int32(i.start), i.size) if isinstance(i, pl.Slice) and isinstance(i.start, int) else i for i in index)
     plgpu.store(ref.at[index], value.astype(ref.dtype), mask=_mask(value.shape, rows, columns))
 
 
