@@ -110,9 +110,14 @@ class KVCache:
           CacheOverflowError: outside `jit`, before anything is written, if a row has no room or has overflowed before.
           ArgumentError: shapes or dtypes that do not fit the cache.
         """
-        layer = self.layer_index(layer)
+        return self.append_rows(key, value, self.layer_index(layer), query_seq_lengths, implementation)[0]
+
+    def append_rows(self, key, value, layer, query_seq_lengths, implementation: str | None):
+        """`append` to a layer given as `layer_index` gives it: the cache, and the layer's length and overflowed afterwards."""
         B, T = self._check(key, value, query_seq_lengths)
-        length, overflowed = self.row_state(layer)
+        length, overflowed = self.length, self.overflowed
+        if layer is not None:
+            length, overflowed = (jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (length, overflowed))
         count = jnp.full(B, T, jnp.int32) if query_seq_lengths is None else jnp.clip(jnp.asarray(query_seq_lengths, jnp.int32), 0, T)
         overflowed = overflowed | (count > self.capacity - length)
         if not isinstance(overflowed, jax.core.Tracer):
@@ -121,9 +126,12 @@ class KVCache:
         name = implementations.choose(implementation, None)
         keys, values = _append(self.key, self.value, key, value, length, count, layer, name=name)
         length = length + count
-        if layer is not None:
-            length, overflowed = self.length.at[layer[0]].set(length), self.overflowed.at[layer[0]].set(overflowed)
-        return KVCache(keys, values, length, overflowed)
+        if layer is None:
+            return KVCache(keys, values, length, overflowed), length, overflowed
+        # Not `.at[layer].set`: looking whether the layer exists would be a kernel of its own in every step of a loop.
+        rows = ((self.length, length), (self.overflowed, overflowed))
+        stacked = (jax.lax.dynamic_update_index_in_dim(stack, new, layer[0], 0) for stack, new in rows)
+        return KVCache(keys, values, *stacked), length, overflowed
 
     def truncate(self, length) -> "KVCache":
         """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.
@@ -144,6 +152,8 @@ class KVCache:
         if not isinstance(rows, slice):
             rows = jnp.asarray(rows)
             if rows.dtype == bool:  # a traced mask is no index
+                B = self.length.shape[-1]
+                check([(rows.shape == (B,), ShapeError, f"a mask of shape [B] = ({B},)", rows.shape, "give one bool per row")])
                 return self._emptied(rows)
         return self._emptied(jnp.zeros(self.length.shape[-1], bool).at[rows].set(True))
 
@@ -169,10 +179,6 @@ class KVCache:
             (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
         ])  # fmt: skip
         return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
-
-    def row_state(self, layer):
-        """The rows' length and overflowed, of one layer."""
-        return (self.length, self.overflowed) if layer is None else (self.length[layer[0]], self.overflowed[layer[0]])
 
     def _check(self, key, value, query_seq_lengths) -> tuple[int, int]:
         *_, B, _, K, H = self.key.shape

@@ -1,5 +1,6 @@
 """`attention_with_kv_cache`: append, then attend over the cache. Prefill, chunks, speculation and decode are this one call."""
 
+import jax
 import jax.numpy as jnp
 
 from flashcore_jax.attention import attend
@@ -59,17 +60,16 @@ def attention_with_kv_cache(
       CacheOverflowError: outside `jit`, before anything is written, if a row has no room.
       ArgumentError, Unsupported: as `attention`.
     """
+    layer = cache.layer_index(layer)
     problem = problem_of(
         query, cache.key, cache.value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=cache.row_state(cache.layer_index(layer))[0], local_window_size=local_window_size,
+        key_value_seq_lengths=jax.ShapeDtypeStruct(cache.length.shape[-1:], jnp.int32), local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, stacked=cache.layers is not None,
     )  # fmt: skip
     check([
         (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
     ])  # fmt: skip
-    cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths, implementation=implementation)
-    layer = cache.layer_index(layer)
-    length, overflowed = cache.row_state(layer)
+    cache, length, overflowed = cache.append_rows(key, value, layer, query_seq_lengths, implementation)
     out, lse = attend(query, cache.key, cache.value, query_seq_lengths, length, layer, problem, implementation)
     out = jnp.where(overflowed[:, None, None, None], jnp.nan, out)
     if not return_lse:

@@ -39,7 +39,9 @@ _ONES = "tests/test_semantics.py::test_ones_stay_ones[triton--30-17-100-False-bf
 _NOBODY = "tests/test_semantics.py::test_a_row_that_sees_nothing[triton-more queries than keys]"
 _HEADS = "tests/test_semantics.py::test_every_query_head_reads_its_groups_key_value_head[triton-8-2]"
 _POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothing[triton-lengths, causal-nan]"
+_CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
+_DECODE, _APPEND = "kernels/triton/decode.py", "kernels/triton/append.py"
 
 MUTATIONS = {
     "no mask of key columns": Mutation(
@@ -101,6 +103,42 @@ MUTATIONS = {
             ),
         ),
         (_NOBODY, _POISON),
+    ),
+    "interleaved heads in decode": Mutation(
+        (
+            Edit(
+                _DECODE,
+                "out_rows = rows < p.T * p.G, queries * p.N + kv_head * p.G + head",
+                "out_rows = rows < p.T * p.G, queries * p.N + head * p.K + kv_head",
+            ),
+        ),
+        _contract("one query, causal, three splits"),
+    ),
+    "the last split not merged": Mutation(
+        (Edit(_DECODE, "there = exist & (split < end)", "there = exist & (split < end - 1)"),),
+        (*_contract("one query, causal, three splits"), _CHUNKS),
+    ),
+    "appended one slot late": Mutation(
+        (Edit(_APPEND, "pl.ds(start_ref[0] + first, tile.block_q)", "pl.ds(start_ref[0] + first + 1, tile.block_q)"),),
+        ("tests/test_cache.py::test_append_writes_behind_each_row_and_nowhere_else[triton-5-float16]", _CHUNKS),
+    ),
+    "appended to the first layer": Mutation(
+        (Edit(_APPEND, "(layer_refs[0][0],) if stacked", "(0 * layer_refs[0][0],) if stacked"),),
+        ("tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",),
+    ),
+    "room is not checked": Mutation(
+        (Edit("cache.py", "overflowed | (count > self.capacity - length)", "overflowed | (count > 9 * self.capacity)"),),
+        ("tests/test_cached_attention.py::test_overflow_under_jit_is_nan_for_that_row_and_only_it[triton-7]",),
+    ),
+    "the new tokens are not counted": Mutation(
+        (
+            Edit(
+                "kv_attention.py",
+                "query, cache.key, cache.value, query_seq_lengths, length, layer",
+                "query, cache.key, cache.value, query_seq_lengths, length - query.shape[1], layer",
+            ),
+        ),
+        (_CHUNKS,),
     ),
 }
 

@@ -174,6 +174,20 @@ def test_kernels_lower(gpu, x64):
     assert all(name in text for name in ("flashcore_forward_closing", "flashcore_dkdv", "flashcore_dq"))
 
 
+@pytest.mark.parametrize(("H", "B"), [(64, 1), (80, 3), (128, 1), (128, 8), (256, 5)])
+def test_decode_lowers_whatever_the_capacity(H, B):
+    """The number of splits shapes the merge: what it holds at once must be powers of two, which no interpreter asks for."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    for splits, split_size in [(1, 2048), (3, 2048), (5, 2048), (9, 2048), (10, 2048), (17, 2048), (40, 2048), (9, None), (4, None)]:
+        shapes = (B, 1, 8, H), *[(B, 2048 * splits - 5, 2, H)] * 2
+        call = functools.partial(flashcore_jax.attention, implementation="triton", split_size=split_size)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            text = (
+                jax.jit(call).trace(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)).lower(lowering_platforms=("cuda",)).as_text()
+            )
+        assert "flashcore_decode" in text
+
+
 def test_an_aborting_compiler_costs_one_job():
     jobs = [Aborting("NVIDIA H200", CAUSAL), Aborting("NVIDIA A100", CAUSAL)]
     rows = [row for rows in aot.compile_all(jobs, workers=1) for row in rows]

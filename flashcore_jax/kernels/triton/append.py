@@ -18,12 +18,14 @@ from flashcore_jax.tuning.tiles import Tile
 _TOKENS = 16  # of a program
 
 
-def _kernel(new_key_ref, new_value_ref, start_ref, count_ref, *refs, sizes: tuple[int, int], tile: Tile, programs: Programs, stacked: bool):
+def _kernel(
+    new_key_ref, new_value_ref, start_ref, count_ref, *refs, sizes: tuple[int, int], tile: Tile, programs: Programs, layers: int | None
+):
     *layer_refs, _, _, key_ref, value_ref = refs
     _, token_tile, _ = programs.split(pl.program_id(0))
     first = token_tile * tile.block_q
     written = first + lax.iota(jnp.int32, tile.block_q) < count_ref[0]
-    layer = (layer_refs[0][0],) if stacked else ()
+    layer = () if layers is None else (jnp.clip(layer_refs[0][0], 0, layers - 1),)
     for size, new_ref, ref in zip(sizes, (new_key_ref, new_value_ref), (key_ref, value_ref), strict=True):
         for c in column_chunks(size):
             new = load(new_ref, (slice(None), c.at), written, c.exist)
@@ -49,7 +51,13 @@ def append(cache_key, cache_value, key, value, start, count, layer=None):
     new = [programs.spec((None, tile.block_q, None, padded(x.shape[-1])), lambda b, t, k: (b, t, k, 0)) for x in (key, value)]
     inputs = (key, value, *scalars)
     return launch(
-        functools.partial(_kernel, sizes=(key.shape[-1], value.shape[-1]), tile=tile, programs=programs, stacked=layer is not None),
+        functools.partial(
+            _kernel,
+            sizes=(key.shape[-1], value.shape[-1]),
+            tile=tile,
+            programs=programs,
+            layers=None if layer is None else cache_key.shape[0],
+        ),
         *(*inputs, cache_key, cache_value),
         name="flashcore_append",
         grid=programs.grid,

@@ -93,7 +93,7 @@ def row_lengths(refs, problem: Problem):
 
 def layer_index(refs, problem: Problem) -> tuple:
     """What stands before the keys' index in a stacked cache: the layer, from the last ref; () where there is no stack."""
-    return () if problem.L is None else (refs[-1][0],)
+    return () if problem.L is None else (jnp.clip(refs[-1][0], 0, problem.L - 1),)
 
 
 def key_spec(programs: Programs, problem: Problem, block: int, columns: int, index) -> pl.BlockSpec:

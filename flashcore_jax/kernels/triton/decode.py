@@ -23,7 +23,7 @@ from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks
 from flashcore_jax.kernels.triton.forward import key_walk, part_of, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
 from flashcore_jax.masks import quotient, visible_blocks
-from flashcore_jax.problem import Problem
+from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
@@ -60,15 +60,14 @@ def suits(problem: Problem) -> bool:
 
 
 def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
-    """Splits of `split_size` keys, or with None as many as keep every multiprocessor busy; then parts of value's columns."""
+    """Splits of `split_size` keys; with None of the default's, or shorter ones where those leave multiprocessors idle. Where they do
+    all the same, parts of value's columns."""
     p = problem
     row_tiles, blocks = pl.cdiv(p.T * p.G, tile.block_q), pl.cdiv(p.S, tile.block_k)
     tiles = p.B * p.K * row_tiles
-    if p.split_size is not None:
-        per_split = p.split_size // tile.block_k
-    else:
-        wanted = pl.cdiv(4 * multiprocessors, tiles)
-        per_split = max(pl.cdiv(blocks, wanted), 256 // tile.block_k)
+    per_split = (p.split_size or DEFAULT_SPLIT_SIZE) // tile.block_k
+    if p.split_size is None and 4 * tiles * pl.cdiv(blocks, per_split) < 3 * multiprocessors:
+        per_split = max(pl.cdiv(blocks, pl.cdiv(4 * multiprocessors, tiles)), 256 // tile.block_k)
     splits = pl.cdiv(blocks, per_split)
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
@@ -211,8 +210,8 @@ def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiproc
         tile=tile,
     )
     if not cut.is_direct:
-        # One number a thread where many sums are held at once, up to four where few are.
-        count = max(1, 128 * max(1, min(4, _MERGED_AT_ONCE // cut.splits)) // padded(p.Hv))
+        # One number a thread where many sums are held at once, four where few are.
+        count = max(1, 128 * (4 if cut.splits <= 8 else 1) // pl.next_power_of_2(padded(p.Hv)))
         merges = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
         statistic = merges.spec((None, None, cut.splits, count), lambda b, t, k: (b, k, 0, t))
         acc = merges.spec((None, None, cut.splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
