@@ -450,7 +450,7 @@ def performance(boards: dict[str, Results]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def readme_section(results: Results) -> str:
+def readme_section(results: Results, decode: Results) -> str:
     if not results.cells:
         return "Nothing has been measured yet.\n"
     run = results.runs[max(results.runs)]
@@ -477,8 +477,15 @@ def readme_section(results: Results) -> str:
     ]
     return (
         f"{run['device']}, jax {run['versions']['jax']}, {run['date']}, bfloat16, default `split_size`; speed as a fraction, above 1 is faster:\n\n"
-        f"{table(head, rows)}\n\n{summary(results)}\n\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n"
+        f"{table(head, rows)}\n\n{summary(results)}{decode_bullet(decode)}\n\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n"
     )
+
+
+def decode_bullet(decode: Results) -> str:
+    if not decode.cells:
+        return ""
+    fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
+    return f"\n- {mean_sentence(decode, 'fwd', 'Decode')}; up to {number(fastest)} GB/s of valid keys and values."
 
 
 # Files
@@ -492,7 +499,9 @@ def texts(boards: dict[str, Results], root: pathlib.Path) -> dict[pathlib.Path, 
         text, (start, end) = readme.read_text(), MARKERS
         if start not in text or end not in text:
             sys.exit(f"{readme} has no section between {start} and {end}")
-        rendered[readme] = re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{readme_section(boards['prefill'])}{end}", text, flags=re.S)
+        rendered[readme] = re.sub(
+            f"{start}.*?{end}", lambda _: f"{start}\n{readme_section(boards['prefill'], boards['decode'])}{end}", text, flags=re.S
+        )
     return rendered
 
 
