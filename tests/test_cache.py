@@ -416,6 +416,32 @@ def test_a_scan_over_layers_fills_a_stack_like_separate_caches(implementation):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+def test_gradient_of_append(implementation, stacked):
+    """Each slot's cotangent goes to whoever wrote it: a new token, or the cache before. Padding and what overflows get none."""
+    lengths, counts = [0, 3, 20, S - 4], np.array([5, 2, 0, 5])
+    cache, new = filled([LENGTHS[0], lengths, LENGTHS[2]] if stacked else lengths), tokens(5)
+    layer = jnp.int32(1) if stacked else None
+
+    def write(key, value, *contents):
+        state = KVCache(*contents, cache.length, cache.overflowed)
+        after = jitted_append(state, key, value, jnp.asarray(counts), layer, implementation=implementation)
+        return after.key, after.value
+
+    contents = tuple(jnp.nan_to_num(x) for x in (cache.key, cache.value))
+    arriving = tuple(jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in contents)
+    *of_new, of_key, of_value = jax.vjp(write, *new, *contents)[1](arriving)
+    for got_new, got_kept, full in zip(of_new, (of_key, of_value), map(np.array, arriving), strict=True):
+        mine = full[1] if stacked else full
+        expected = np.zeros(got_new.shape, np.float32)
+        for b, count in enumerate(counts[:3]):  # the last row overflows
+            slots = slice(lengths[b], lengths[b] + count)
+            expected[b, :count] = mine[b, slots]
+            mine[b, slots] = 0
+        chex.assert_trees_all_equal(got_new, expected)
+        chex.assert_trees_all_equal(got_kept, full)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
 def test_a_donated_cache_is_updated_where_it_lies(implementation, stacked):
     cache = filled(LENGTHS if stacked else LENGTHS[1])
     key, value = tokens(5)
