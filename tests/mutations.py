@@ -72,7 +72,7 @@ MUTATIONS = {
     ),
     "interleaved heads": Mutation(
         (Edit(_FORWARD, "lambda t, n: (quotient(n, p.G), 0)", "lambda t, n: (lax.rem(n, p.K), 0)"),),
-        (*_contract(_PLAIN), _HEADS),
+        _contract(_CAUSAL, "lengths, causal"),  # more than 16 queries: fewer are decode's
     ),
     "no rescale": Mutation(
         (Edit("online_softmax.py", "partial.row_sum * rescale[..., None, None]", "partial.row_sum"),),
@@ -112,7 +112,7 @@ MUTATIONS = {
                 "out_rows = rows < p.T * p.G, queries * p.N + head * p.K + kv_head",
             ),
         ),
-        _contract("one query, causal, three splits"),
+        (*_contract("one query, causal, three splits"), _HEADS),
     ),
     "the last split not merged": Mutation(
         (Edit(_DECODE, "there = exist & (split < end)", "there = exist & (split < end - 1)"),),

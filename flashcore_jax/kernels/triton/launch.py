@@ -61,9 +61,16 @@ def load_chunks(ref, chunks, index=(), rows=None):
 
 def store(ref, value, index=..., rows=None, columns=None):
     """Stores `value`, rounded to the ref's dtype, where the masks over its rows and columns say yes."""
-    if isinstance(index, tuple):  # under x64 the interpreter takes a Python int for an int64, beside other starts that are int32
-        index = tuple(pl.ds(jnp.int32(i.start), i.size) if isinstance(i, pl.Slice) and isinstance(i.start, int) else i for i in index)
+    if isinstance(index, tuple):
+        index = tuple(_int32_start(i, size) for i, size in zip(index, ref.shape, strict=False))
     plgpu.store(ref.at[index], value.astype(ref.dtype), mask=_mask(value.shape, rows, columns))
+
+
+def _int32_start(index, size: int):
+    """A slice that starts at an int32: under x64 the interpreter takes a Python int for an int64, beside others that are int32."""
+    if isinstance(index, slice) and index == slice(None):
+        index = pl.ds(0, size)
+    return pl.ds(jnp.int32(index.start), index.size) if isinstance(index, pl.Slice) and isinstance(index.start, int) else index
 
 
 def store_chunks(ref, chunks, values, rows=None):
