@@ -101,8 +101,8 @@ def assert_is(cache: KVCache, model: Model):
 )  # fmt: skip
 @example(  # a slot that is given to another sequence
     operations=[
-        ("attend", 5, [5, 5, 5]), ("append", 5, [5, 5, 5]), ("attend", 5, [5, 1, 2]), ("reset", [True, False, False]), ("attend", 5, [4, 1, 0]),
-        ("reset", [False, False, True]), ("truncate", [2, 0, 3]), ("attend", 1, [1, 1, 1]),
+        ("attend", 5, [5, 5, 5]), ("append", 5, [5, 5, 5]), ("attend", 5, [5, 1, 2]), ("reset", [True, False, False]),
+        ("attend", 5, [4, 1, 0]), ("reset", [False, False, True]), ("truncate", [2, 0, 3]), ("attend", 1, [1, 1, 1]),
     ]
 )  # fmt: skip
 def test_any_sequence_of_calls(implementation, operations):

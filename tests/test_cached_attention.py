@@ -616,7 +616,7 @@ def test_xla_has_forward_mode_in_every_argument():
 
     tangents = tuple(jnp.cos(a) for a in arrays)
     plain = functools.partial(reference.attention, is_causal=True)
-    got, expected = (jax.jvp(call, arrays, tangents)[1] for call in (with_cache, plain))
+    got, expected = (jax.jit(functools.partial(jax.jvp, call))(arrays, tangents)[1] for call in (with_cache, plain))
     assert jnp.sqrt(jnp.mean(jnp.square(got - expected))) <= 2 * GRADIENT_GATE["float32"] * jnp.sqrt(jnp.mean(jnp.square(expected)))
 
 
@@ -828,18 +828,14 @@ def test_a_llama_writes_the_same_200_tokens_with_and_without_a_cache(implementat
     @jax.jit
     def generate(tokens, cache):
         def write(state):
-            i, tokens, logits, seen, cache = state
+            i, tokens, logits, cache, seen = state
             new = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
             tokens, seen = tokens.at[rows, lengths + i].set(new), seen.at[:, i].set(logits)
-            return i + 1, tokens, *forward_one(new, seen, cache)
-
-        def forward_one(new, seen, cache):
-            logits, cache = forward(new[:, None], jnp.ones_like(lengths), cache)
-            return logits, seen, cache
+            return i + 1, tokens, *forward(new[:, None], jnp.ones_like(lengths), cache), seen
 
         logits, cache = forward(tokens[:, : max(PROMPTS)], lengths, cache)
-        start = (0, tokens, logits, jnp.zeros((len(PROMPTS), NEW, VOCABULARY)), cache)
-        _, tokens, _, seen, cache = jax.lax.while_loop(lambda state: state[0] < NEW, write, start)
+        start = (0, tokens, logits, cache, jnp.zeros((len(PROMPTS), NEW, VOCABULARY)))
+        _, tokens, _, cache, seen = jax.lax.while_loop(lambda state: state[0] < NEW, write, start)
         return tokens, seen, cache
 
     cache = KVCache.create(len(PROMPTS), max(PROMPTS) + NEW, KV_HEADS, HEAD_DIM, layers=LAYERS, dtype=jnp.float32)
