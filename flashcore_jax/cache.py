@@ -230,15 +230,11 @@ def _append_fwd(cache_key, cache_value, key, value, start, count, layer, name: s
 
 
 def _append_bwd(name: str, residuals, cotangents):
-    """What was written has its gradient from where it was written, and what it replaced has none."""
-    start, count, layer, T = residuals
-    B, S = start.shape[0], cotangents[0].shape[-3]
-    token = jnp.arange(T, dtype=jnp.int32)
-    slots = jnp.where(token < count[:, None], start[:, None] + token, S)
-    at = (jnp.arange(B)[:, None], slots) if layer is None else (layer[0], jnp.arange(B)[:, None], slots)
-    written = tuple(x.at[at].get(mode="fill", fill_value=0) for x in cotangents)
-    kept = tuple(x.at[at].set(0, mode="drop") for x in cotangents)
-    return *kept, *written, None, None, None
+    """Linear, whoever computes it. What was written has its gradient from where it was written, what it replaced has none."""
+    *scalars, T = residuals
+    tokens = tuple(jax.ShapeDtypeStruct((x.shape[-4], T, *x.shape[-2:]), x.dtype) for x in cotangents)
+    transpose = jax.linear_transpose(lambda *arrays: implementations.module("xla").append(*arrays, *scalars), *cotangents, *tokens)
+    return *transpose(cotangents), None, None, None
 
 
 _append_by_kernel.defvjp(_append_fwd, _append_bwd)

@@ -29,10 +29,7 @@ def attention_with_kv_cache(
 ) -> tuple[Output, KVCache] | tuple[Output, LogSumExp, KVCache]:
     """Appends T new tokens to each row of the cache, then lets their queries attend to all that the row holds.
 
-        check([
-        (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
-    ])  # fmt: skip
-    cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
+        cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
         out = attention(query, cache.key, cache.value, key_value_seq_lengths=cache.length, ...)
 
     T = 1 is a decode step, T > 1 a prompt, a chunk of one, or tokens to be verified; a row's new tokens stand behind those it

@@ -40,9 +40,9 @@ def append(cache_key, cache_value, key, value, start, count, layer=None):
     """As `kernels.triton.append.append`, by a scatter, which drops what lies outside the cache."""
     B, T, S = *key.shape[:2], cache_key.shape[-3]
     token = jnp.arange(T, dtype=jnp.int32)
-    slots = jnp.where(token < count[:, None], start[:, None] + token, S)
+    slots = jnp.where(token < count[:, None], start[:, None] + token, S + token)
     at = (jnp.arange(B)[:, None], slots) if layer is None else (layer[0], jnp.arange(B)[:, None], slots)
-    return tuple(x.at[at].set(new, mode="drop") for x, new in ((cache_key, key), (cache_value, value)))
+    return tuple(x.at[at].set(new, mode="drop", unique_indices=True) for x, new in ((cache_key, key), (cache_value, value)))
 
 
 def attend(query, key, value, scalars, problem: Problem):
