@@ -11,6 +11,7 @@ from flashcore_jax import implementations
 from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.errors import Unsupported
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, problem_of
+from flashcore_jax.rows import Rows, int32, of_layer, with_layer
 
 
 def attention(
@@ -82,16 +83,16 @@ def attention(
         key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap,
         precision=precision, split_size=split_size,
     )  # fmt: skip
-    out, lse = attend(query, key, value, query_seq_lengths, key_value_seq_lengths, None, problem, implementation)
+    rows = Rows(int32(query_seq_lengths), int32(key_value_seq_lengths))
+    out, lse = attend(query, key, value, rows, problem, implementation)
     return (out, lse) if return_lse else out
 
 
-def attend(query, key, value, query_seq_lengths, key_value_seq_lengths, layer, problem: Problem, implementation: str | None):
-    """`attention` of a checked problem, out and lse; where the problem has L, over one layer (int32[1]) of key and value."""
+def attend(query, key, value, rows: Rows, problem: Problem, implementation: str | None):
+    """`attention` of a checked problem, out and lse. Where the problem is cached, key, value and rows hold the cache's arrays."""
     name = implementations.choose(implementation, problem)
-    scalars = (*_lengths(query_seq_lengths, key_value_seq_lengths, problem), *([] if layer is None else [layer]))
     run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
-    out, lse = run(query, key, value, scalars, problem)
+    out, lse = run(query, key, value, rows, problem)
     return out, lse.swapaxes(1, 2)
 
 
@@ -107,20 +108,9 @@ def explain(query, key, value, *, implementation: str | None = None, return_lse:
     return implementations.Explanation(implementations.choose(implementation, problem), explanation.reasons)
 
 
-def _lengths(query_length, key_length, problem: Problem):
-    """Both lengths as int32[B] where either is given, else ()."""
-    if not problem.ragged:
-        return ()
-    filled = (
-        jnp.full(problem.B, full, jnp.int32) if given is None else given
-        for given, full in ((query_length, problem.T), (key_length, problem.S))
-    )
-    return tuple(jnp.asarray(x).astype(jnp.int32) for x in filled)
-
-
-def _attend_with_kernels(name: str, query, key, value, scalars, problem: Problem):
+def _attend_with_kernels(name: str, query, key, value, rows, problem: Problem):
     try:
-        return _attend(query, key, value, scalars, problem, name)
+        return _attend(query, key, value, rows, problem, name)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -128,26 +118,27 @@ def _attend_with_kernels(name: str, query, key, value, scalars, problem: Problem
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, scalars, problem: Problem, name: str):
-    return _forward((query, key, value, scalars), problem, name)
+def _attend(query, key, value, rows, problem: Problem, name: str):
+    return _forward((query, key, value, rows), problem, name)
 
 
-def _attend_fwd(query, key, value, scalars, problem: Problem, name: str):
-    out, lse = _forward((query, key, value, scalars), problem, name)
+def _attend_fwd(query, key, value, rows, problem: Problem, name: str):
+    out, lse = _forward((query, key, value, rows), problem, name)
     out, lse = checkpoint_name(out, RESIDUAL_NAMES[0]), checkpoint_name(lse, RESIDUAL_NAMES[1])
-    return (out, lse), (query, key, value, scalars, out, lse)
+    return (out, lse), (query, key, value, rows, out, lse)
 
 
 def _attend_bwd(problem: Problem, name: str, residuals, cotangents):
-    query, key, value, scalars, out, lse = residuals
-    if problem.L is None:
-        return *_backward((query, key, value, scalars, out, lse, *cotangents), problem, name), None
+    query, key, value, rows, out, lse = residuals
+    if not problem.cached:
+        return *_backward((query, key, value, rows, out, lse, *cotangents), problem, name), None
     # A layer at a time: the backward of a cache is not a loop's hot path, and may take its layer out of the stack.
-    *lengths, layer = scalars
-    sliced = (query, *(jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (key, value)))
-    one_layer = dataclasses.replace(problem, L=None)
-    dquery, *gradients = _backward((*sliced, tuple(lengths), out, lse, *cotangents), one_layer, name)
-    return dquery, *(jnp.zeros_like(x).at[layer[0]].set(d) for x, d in zip((key, value), gradients, strict=True)), None
+    layer, row = rows.layer, rows.of_layer()
+    # An overflowed row's NaN depends on nothing: to the backward the row has no queries.
+    row = Rows(jnp.where(row.overflowed, 0, problem.T if row.query_length is None else row.query_length), row.key_length)
+    arrays = (query, of_layer(key, layer), of_layer(value, layer), row, out, lse, *cotangents)
+    dquery, *gradients = _backward(arrays, dataclasses.replace(problem, query_lengths=True, cached=False, L=None), name)
+    return dquery, *(with_layer(jnp.zeros_like(x), layer, d) for x, d in zip((key, value), gradients, strict=True)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -7,7 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from flashcore_jax import implementations
+from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 
 
@@ -110,28 +110,13 @@ class KVCache:
           CacheOverflowError: outside `jit`, before anything is written, if a row has no room or has overflowed before.
           ArgumentError: shapes or dtypes that do not fit the cache.
         """
-        return self.append_rows(key, value, self.layer_index(layer), query_seq_lengths, implementation)[0]
-
-    def append_rows(self, key, value, layer, query_seq_lengths, implementation: str | None):
-        """`append` to a layer given as `layer_index` gives it: the cache, and the layer's length and overflowed afterwards."""
-        B, T = self._check(key, value, query_seq_lengths)
-        length, overflowed = self.length, self.overflowed
-        if layer is not None:
-            length, overflowed = (jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (length, overflowed))
-        count = jnp.full(B, T, jnp.int32) if query_seq_lengths is None else jnp.clip(jnp.asarray(query_seq_lengths, jnp.int32), 0, T)
-        overflowed = overflowed | (count > self.capacity - length)
+        T = self._check(key, value, query_seq_lengths)
+        layer, count = layer_index(self, layer), rows.int32(query_seq_lengths)
+        arrays = (self.key, self.value, self.length, self.overflowed)
+        overflowed = rows.of_layer(rows.update(*arrays[2:], count, T, self.capacity, layer).arrays[1], layer)
         if not isinstance(overflowed, jax.core.Tracer):
             _raise_if(overflowed, f"room for {T} more tokens in a cache of capacity {self.capacity}")
-        count = jnp.where(overflowed, 0, count)
-        name = implementations.choose(implementation, None)
-        keys, values = _append(self.key, self.value, key, value, length, count, layer, name=name)
-        length = length + count
-        if layer is None:
-            return KVCache(keys, values, length, overflowed), length, overflowed
-        # Not `.at[layer].set`: looking whether the layer exists would be a kernel of its own in every step of a loop.
-        rows = ((self.length, length), (self.overflowed, overflowed))
-        stacked = (jax.lax.dynamic_update_index_in_dim(stack, new, layer[0], 0) for stack, new in rows)
-        return KVCache(keys, values, *stacked), length, overflowed
+        return KVCache(*_append(*arrays, key, value, count, layer, name=implementations.choose(implementation, None)))
 
     def truncate(self, length) -> "KVCache":
         """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.
@@ -166,21 +151,7 @@ class KVCache:
             raise ArgumentError("expected a concrete cache; got a traced one; call check() outside jit, or read cache.overflowed")
         _raise_if(self.overflowed, f"every row within the capacity of {self.capacity}")
 
-    def layer_index(self, layer):
-        """int32[1] for a stacked cache, None for another."""
-        L = self.layers
-        if L is None:
-            check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
-            return None
-        is_int = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
-        is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
-        check([
-            (is_int or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
-            (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
-        ])  # fmt: skip
-        return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
-
-    def _check(self, key, value, query_seq_lengths) -> tuple[int, int]:
+    def _check(self, key, value, query_seq_lengths) -> int:
         *_, B, _, K, H = self.key.shape
         Hv = self.value.shape[-1]
         for name, new, size in (("key", key, H), ("value", value, Hv)):
@@ -196,7 +167,22 @@ class KVCache:
             (lengths is None or (hasattr(lengths, "dtype") and jnp.issubdtype(lengths.dtype, jnp.integer)), DtypeError, "query_seq_lengths to be an int32 array", getattr(lengths, "dtype", type(lengths).__name__), "pass jnp.asarray(lengths, jnp.int32)"),
             (lengths is None or getattr(lengths, "shape", None) == (B,), ShapeError, f"query_seq_lengths int32[B] = ({B},)", getattr(lengths, "shape", None), "give one length per row of the batch"),
         ])  # fmt: skip
-        return B, T
+        return T
+
+
+def layer_index(cache: KVCache, layer):
+    """int32[1] for a stacked cache, None for another."""
+    L = cache.layers
+    if L is None:
+        check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
+        return None
+    is_int = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+    is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
+    check([
+        (is_int or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
+        (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
+    ])  # fmt: skip
+    return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
 
 
 def _raise_if(overflowed, expected: str) -> None:
@@ -219,22 +205,28 @@ def _append(*arguments, name: str):
         ) from error
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-@functools.partial(jax.jit, static_argnums=(7,))
-def _append_by_kernel(cache_key, cache_value, key, value, start, count, layer, name: str):
-    return tuple(implementations.module(name).append(cache_key, cache_value, key, value, start, count, layer))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+@functools.partial(jax.jit, static_argnums=(8,))
+def _append_by_kernel(key_cache, value_cache, length, overflowed, key, value, count, layer, name: str):
+    return tuple(implementations.module(name).append(key_cache, value_cache, length, overflowed, key, value, count, layer))
 
 
-def _append_fwd(cache_key, cache_value, key, value, start, count, layer, name: str):
-    return _append_by_kernel(cache_key, cache_value, key, value, start, count, layer, name), (start, count, layer, key.shape[1])
+def _append_fwd(key_cache, value_cache, length, overflowed, key, value, count, layer, name: str):
+    after = _append_by_kernel(key_cache, value_cache, length, overflowed, key, value, count, layer, name)
+    return after, (length, overflowed, count, layer, key.shape[1])
 
 
 def _append_bwd(name: str, residuals, cotangents):
     """Linear, whoever computes it. What was written has its gradient from where it was written, what it replaced has none."""
-    *scalars, T = residuals
-    tokens = tuple(jax.ShapeDtypeStruct((x.shape[-4], T, *x.shape[-2:]), x.dtype) for x in cotangents)
-    transpose = jax.linear_transpose(lambda *arrays: implementations.module("xla").append(*arrays, *scalars), *cotangents, *tokens)
-    return *transpose(cotangents), None, None, None
+    length, overflowed, count, layer, T = residuals
+    caches = cotangents[:2]
+    tokens = tuple(jax.ShapeDtypeStruct((x.shape[-4], T, *x.shape[-2:]), x.dtype) for x in caches)
+
+    def append(key_cache, value_cache, key, value):
+        return implementations.module("xla").append(key_cache, value_cache, length, overflowed, key, value, count, layer)[:2]
+
+    *of_caches, of_key, of_value = jax.linear_transpose(append, *caches, *tokens)(tuple(caches))
+    return *of_caches, None, None, of_key, of_value, None, None
 
 
 _append_by_kernel.defvjp(_append_fwd, _append_bwd)

@@ -1,13 +1,11 @@
 """`attention_with_kv_cache`: append, then attend over the cache. Prefill, chunks, speculation and decode are this one call."""
 
-import jax
-import jax.numpy as jnp
-
 from flashcore_jax.attention import attend
 from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
-from flashcore_jax.cache import KVCache
+from flashcore_jax.cache import KVCache, layer_index
 from flashcore_jax.errors import ShapeError, check
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, problem_of
+from flashcore_jax.rows import Rows, int32
 
 
 def attention_with_kv_cache(
@@ -57,18 +55,14 @@ def attention_with_kv_cache(
       CacheOverflowError: outside `jit`, before anything is written, if a row has no room.
       ArgumentError, Unsupported: as `attention`.
     """
-    layer = cache.layer_index(layer)
     problem = problem_of(
         query, cache.key, cache.value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=jax.ShapeDtypeStruct(cache.length.shape[-1:], jnp.int32), local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, stacked=cache.layers is not None,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, cached=True,
     )  # fmt: skip
     check([
         (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
     ])  # fmt: skip
-    cache, length, overflowed = cache.append_rows(key, value, layer, query_seq_lengths, implementation)
-    out, lse = attend(query, cache.key, cache.value, query_seq_lengths, length, layer, problem, implementation)
-    out = jnp.where(overflowed[:, None, None, None], jnp.nan, out)
-    if not return_lse:
-        return out, cache
-    return out, jnp.where(overflowed[:, None, None], jnp.nan, lse), cache
+    cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths, implementation=implementation)
+    rows = Rows(int32(query_seq_lengths), cache.length, cache.overflowed, layer_index(cache, layer))
+    out, lse = attend(query, cache.key, cache.value, rows, problem, implementation)
+    return (out, lse, cache) if return_lse else (out, cache)

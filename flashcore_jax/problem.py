@@ -45,7 +45,9 @@ class Problem:
     logits_soft_cap: float | None
     split_size: int | None
     precision: str  # "native" for 16-bit inputs; "tf32", "tf32x3" or "float32" for float32 inputs
-    ragged: bool  # lengths per row were given
+    query_lengths: bool  # the rows have query lengths of their own
+    key_lengths: bool
+    cached: bool = False  # key and value are a `KVCache`'s, whose rows may have overflowed
     L: int | None = None  # layers of a stacked cache: key and value are [L, B, S, K, H], and one layer of them is attended to
 
     @property
@@ -66,11 +68,11 @@ def problem_of(
     logits_soft_cap=None,
     precision=None,
     split_size=DEFAULT_SPLIT_SIZE,
-    stacked=False,
+    cached=False,
 ) -> Problem:
     """Checks the arguments of a call of `attention` and gathers its static facts. Raises `ArgumentError`.
 
-    stacked: key and value have a leading axis of layers, [L, B, S, K, H], as a `KVCache` of several layers has.
+    cached: key and value are a `KVCache`'s; of several layers, they have a leading axis for these, [L, B, S, K, H].
     """
     arrays = {"query": query, "key": key, "value": value}
     layout = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, Hv]"}
@@ -79,7 +81,7 @@ def problem_of(
         for name, a in arrays.items()
     )
     L = None
-    if stacked:
+    if cached and len(key.shape) == 5:
         L = key.shape[0]
         key, value = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (key, value))
         arrays |= {"key": key, "value": value}
@@ -144,7 +146,9 @@ def problem_of(
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         split_size=None if split_size is None else int(split_size),
         precision=_precision(precision, dtype),
-        ragged=query_seq_lengths is not None or key_value_seq_lengths is not None,
+        query_lengths=query_seq_lengths is not None,
+        key_lengths=cached or key_value_seq_lengths is not None,
+        cached=cached,
         L=L,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import RESIDUAL_NAMES, Problem
+from flashcore_jax.rows import Rows, of_layer, update
 
 # Large enough that a CPU's matrix product is busy, small enough that a block's scores stay in its cache.
 _BLOCK_Q, _BLOCK_K = 128, 128
@@ -36,23 +37,34 @@ def unsupported(problem: Problem | None) -> str | None:
     return None
 
 
-def append(cache_key, cache_value, key, value, start, count, layer=None):
+def append(key_cache, value_cache, length, overflowed, key, value, count, layer):
     """As `kernels.triton.append.append`, by a scatter, which drops what lies outside the cache."""
-    B, T, S = *key.shape[:2], cache_key.shape[-3]
+    B, T, S = *key.shape[:2], key_cache.shape[-3]
+    start, count, rows = update(length, overflowed, count, T, S, layer)
     token = jnp.arange(T, dtype=jnp.int32)
     slots = jnp.where(token < count[:, None], start[:, None] + token, S + token)
-    at = (jnp.arange(B)[:, None], slots) if layer is None else (layer[0], jnp.arange(B)[:, None], slots)
-    return tuple(x.at[at].set(new, mode="drop", unique_indices=True) for x, new in ((cache_key, key), (cache_value, value)))
+    at = (*(() if layer is None else (jnp.clip(layer[0], 0, key_cache.shape[0] - 1),)), jnp.arange(B)[:, None], slots)
+    written = (x.at[at].set(new, mode="drop", unique_indices=True) for x, new in ((key_cache, key), (value_cache, value)))
+    return *written, *rows
 
 
-def attend(query, key, value, scalars, problem: Problem):
+def attend(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T], differentiable in every mode."""
     p = problem
-    if p.L is not None:
-        *scalars, layer = scalars
-        key, value = (lax.dynamic_index_in_dim(x, layer[0], keepdims=False) for x in (key, value))
-    lengths = scalars or (jnp.full(p.B, p.T, jnp.int32), jnp.full(p.B, p.S, jnp.int32))
-    lengths = (jnp.clip(lengths[0], 0, p.T), jnp.clip(lengths[1], 0, p.S))
+    if not p.cached:
+        return _attend_rows(query, key, value, rows, p)
+    row = rows.of_layer()
+    out, lse = _attend_rows(query, of_layer(key, rows.layer), of_layer(value, rows.layer), row, p)
+    overflowed = row.overflowed[:, None, None]
+    return jnp.where(overflowed[..., None], jnp.nan, out), jnp.where(overflowed, jnp.nan, lse)
+
+
+def _attend_rows(query, key, value, rows: Rows, problem: Problem):
+    p = problem
+    lengths = tuple(
+        jnp.full(p.B, full, jnp.int32) if length is None else jnp.clip(length, 0, full)
+        for length, full in ((rows.query_length, p.T), (rows.key_length, p.S))
+    )
     # What lies beyond the lengths counts for nothing, whatever it holds: 0 here, and so 0 * anything in every derivative.
     query = _zero_beyond(query, lengths[0])
     key, value = _zero_beyond(key, lengths[1]), _zero_beyond(value, lengths[1])

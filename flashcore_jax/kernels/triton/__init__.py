@@ -6,6 +6,7 @@ from flashcore_jax.kernels.triton.decode import decode as _decode
 from flashcore_jax.kernels.triton.decode import suits as _suits_decode
 from flashcore_jax.kernels.triton.forward import forward as _forward
 from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.gpus import gpu_of, target_gpu
 from flashcore_jax.tuning.tiles import tiles_for
 
@@ -20,15 +21,15 @@ def unsupported(problem: Problem | None) -> str | None:
     return None
 
 
-def forward(query, key, value, scalars, problem: Problem):
+def forward(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     gpu = target_gpu() or gpu_of("NVIDIA H200")
     tiles = tiles_for(gpu, problem)
     if _suits_decode(problem):
-        return _decode(query, key, value, scalars, problem, tiles, gpu.multiprocessors)
-    return _forward(query, key, value, scalars, problem, tiles)
+        return _decode(query, key, value, rows, problem, tiles, gpu.multiprocessors)
+    return _forward(query, key, value, rows, problem, tiles)
 
 
-def backward(query, key, value, scalars, out, lse, dout, dlse, problem: Problem):
+def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Problem):
     """The gradients of query, key and value."""
-    return _backward(query, key, value, scalars, out, lse, dout, dlse, problem, tiles_for(target_gpu(), problem))
+    return _backward(query, key, value, rows, out, lse, dout, dlse, problem, tiles_for(target_gpu(), problem))

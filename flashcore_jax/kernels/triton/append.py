@@ -3,6 +3,9 @@
 The cache's buffers are the kernel's inputs and its outputs (`input_output_aliases`). XLA copies them only where the caller
 still needs the old ones: never under jit with donation, nor for a cache that a loop carries. A stacked cache is indexed in
 the kernel. Rows with nothing to write are not touched, and neither is anything else.
+
+Where one program holds all new tokens of a row, it brings the row's length up to date too. In a decode loop that is then
+the only kernel beside attention: each one costs a microsecond, whatever it does.
 """
 
 import functools
@@ -11,59 +14,77 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded
-from flashcore_jax.kernels.triton.launch import launch, load, store
+from flashcore_jax import rows
+from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, layer_index, padded, stack_spec
+from flashcore_jax.kernels.triton.launch import barrier, launch, load, store
 from flashcore_jax.tuning.tiles import Tile
 
-_TOKENS = 16  # of a program
+_NUMBERS = 16384  # of a program, in each of key and value: 128 a thread
+_WARPS = 4
 
 
 def _kernel(
-    new_key_ref, new_value_ref, start_ref, count_ref, *refs, sizes: tuple[int, int], tile: Tile, programs: Programs, layers: int | None
-):
-    *layer_refs, _, _, key_ref, value_ref = refs
+    new_key_ref, new_value_ref, *refs, T: int, S: int, sizes: tuple[int, int], layers: int | None, counted: bool, whole: bool, tile: Tile,
+    programs: Programs,
+):  # fmt: skip
+    refs, rows_after = (refs[:-2], refs[-2:]) if whole else (refs, ())
+    *more_refs, _, _, length_ref, overflowed_ref, key_ref, value_ref = refs
+    layer = () if layers is None else layer_index(more_refs[-1], layers)
+    tokens = jnp.clip(more_refs[0][0], 0, T) if counted else T
+    row = (*layer, jnp.int32(0))
     _, token_tile, _ = programs.split(pl.program_id(0))
     first = token_tile * tile.block_q
-    written = first + lax.iota(jnp.int32, tile.block_q) < count_ref[0]
-    layer = () if layers is None else (jnp.clip(layer_refs[0][0], 0, layers - 1),)
+    start = length_ref[row]
+    count, *after = rows.append(start, overflowed_ref[row], tokens, S)
+    written = first + lax.iota(jnp.int32, tile.block_q) < count
     for size, new_ref, ref in zip(sizes, (new_key_ref, new_value_ref), (key_ref, value_ref), strict=True):
         for c in column_chunks(size):
             new = load(new_ref, (slice(None), c.at), written, c.exist)
-            store(ref, new, (*layer, pl.ds(start_ref[0] + first, tile.block_q), c.at), written, c.exist)
+            store(ref, new, (*layer, pl.ds(start + first, tile.block_q), c.at), written, c.exist)
+    if whole:
+        barrier()  # every thread has read the row as it was
+        for ref, new in zip(rows_after, after, strict=True):
+            ref[row] = new
 
 
-def append(cache_key, cache_value, key, value, start, count, layer=None):
-    """The caches [B, S, K, H] (a stack [L, B, S, K, H] with `layer` int32[1]) with key and value [B, T, K, H] written behind.
+def append(key_cache, value_cache, length, overflowed, key, value, count, layer):
+    """The arrays of a `KVCache` afterwards: [B, S, K, H] twice, int32[B] and bool[B]; of a stack all with L in front.
 
-    start, count: int32[B]; row b gets its first count[b] tokens at start[b]. They must fit.
+    count: int32[B], so many of the new tokens [B, T, K, H] are real, the first ones; None for all of them. layer: int32[1].
     """
-    B, T, K, _ = key.shape
-    S = cache_key.shape[-3]
-    tile = Tile(min(_TOKENS, pl.next_power_of_2(T)), 0, num_warps=1 if T == 1 else 4, num_stages=1)
-    programs = Programs(B, K, pl.cdiv(T, tile.block_q), heads_fastest=True, last_tile_first=False)
-    stack, first = ((), ()) if layer is None else ((cache_key.shape[0],), (0,))
-    scalars = (start, count) if layer is None else (start, count, layer)
+    B, T = key.shape[:2]
+    layers = None if layer is None else key_cache.shape[0]
+    S = key_cache.shape[-3]
+    # A token's heads lie in a row: to a program they are one.
+    caches = [x.reshape(*x.shape[:-2], -1) for x in (key_cache, value_cache)]
+    new = [x.reshape(B, T, -1) for x in (key, value)]
+    sizes = tuple(x.shape[-1] for x in new)
+    at_once = max(1, _NUMBERS // pl.next_power_of_2(max(sizes)))
+    tile = Tile(min(at_once, pl.next_power_of_2(T)), 0, num_warps=_WARPS, num_stages=1)
+    programs = Programs(B, 1, pl.cdiv(T, tile.block_q), heads_fastest=False, last_tile_first=False)
     # Room for a whole tile behind the last slot: the interpreter would move one that leaves the ref (the GPU has the mask).
-    own = [
-        programs.spec((*stack, None, S + tile.block_q, None, padded(x.shape[-1])), lambda b, t, k: (*first, b, 0, k, 0))
-        for x in (key, value)
-    ]
-    new = [programs.spec((None, tile.block_q, None, padded(x.shape[-1])), lambda b, t, k: (b, t, k, 0)) for x in (key, value)]
-    inputs = (key, value, *scalars)
-    return launch(
+    own = [stack_spec(programs, layers, (None, S + tile.block_q, padded(size)), lambda b, t, _: (b, 0, 0)) for size in sizes]
+    row = 2 * [stack_spec(programs, layers, (1,), lambda b, t, _: (b,))]
+    told = [(count, programs.row_spec), (layer, LAYER_SPEC)]
+    inputs = [*new, *(x for x, _ in told if x is not None)]
+    whole = T <= tile.block_q
+    after = launch(
         functools.partial(
-            _kernel,
-            sizes=(key.shape[-1], value.shape[-1]),
-            tile=tile,
-            programs=programs,
-            layers=None if layer is None else cache_key.shape[0],
+            _kernel, T=T, S=S, sizes=sizes, layers=layers, counted=count is not None, whole=whole, tile=tile, programs=programs
         ),
-        *(*inputs, cache_key, cache_value),
+        *(*inputs, *caches, length, overflowed),
         name="flashcore_append",
         grid=programs.grid,
-        in_specs=[*new, programs.row_spec, programs.row_spec, *[pl.BlockSpec((1,), lambda program: (0,))] * (layer is not None), *own],
-        out_specs=own,
-        out_shape=[(x.shape, x.dtype) for x in (cache_key, cache_value)],
-        aliases={len(inputs): 0, len(inputs) + 1: 1},
+        in_specs=[
+            *[programs.spec((None, tile.block_q, padded(size)), lambda b, t, _: (b, t, 0)) for size in sizes],
+            *(spec for x, spec in told if x is not None),
+            *(own + row),
+        ],
+        out_specs=own + row * whole,
+        out_shape=[(x.shape, x.dtype) for x in caches + [length, overflowed] * whole],
+        aliases={len(inputs) + output: output for output in range(2 + 2 * whole)},
         tile=tile,
     )
+    if not whole:
+        after = [*after, *rows.update(length, overflowed, count, T, S, layer).arrays]
+    return *(x.reshape(old.shape) for x, old in zip(after, (key_cache, value_cache), strict=False)), *after[2:]

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_lengths
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_of, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load, load_chunks, scaled_exp2, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import quotient, sees_any, visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
@@ -33,15 +34,15 @@ def _walk(blocks, visit, carry):
 
 
 def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
-    *length_refs, dk_ref, dv_ref = refs
+    *row_refs, dk_ref, dv_ref = refs
     block_q, block_k = tile.block_q, tile.block_k
-    query_length, key_length = row_lengths(length_refs, problem)
+    query_length, key_length = row_of(row_refs, problem).lengths
     _, key_tile, _ = programs.split(pl.program_id(0))
     first_key = key_tile * block_k
     keys = first_key + lax.iota(jnp.int32, block_k)
     is_key = keys < key_length
     h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
-    every_key_exists = not problem.ragged and problem.S % block_k == 0
+    every_key_exists = not problem.key_lengths and problem.S % block_k == 0
     k = load_chunks(k_ref, h, rows=None if every_key_exists else is_key)
     v = load_chunks(v_ref, hv, rows=None if every_key_exists else is_key)
 
@@ -79,9 +80,9 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
 
 
 def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
-    *length_refs, dq_ref = refs
+    *row_refs, dq_ref = refs
     block_q, block_k = tile.block_q, tile.block_k
-    query_length, key_length = row_lengths(length_refs, problem)
+    query_length, key_length = row_of(row_refs, problem).lengths
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
@@ -115,7 +116,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
 
 
 def dkdv(operands, problem: Problem, tile: Tile):
-    """The gradients of key and value. operands: query, key, value, dout, lse, delta, and the lengths or nothing."""
+    """The gradients of key and value. operands: query, key, value, dout, lse, delta, and those of rows."""
     p = problem
     programs = Programs(p.B, p.K, pl.cdiv(p.S, tile.block_k), tile.heads_fastest, last_tile_first=False)
     T = round_up(p.T, tile.block_q)
@@ -127,7 +128,7 @@ def dkdv(operands, problem: Problem, tile: Tile):
         *operands,
         name="flashcore_dkdv",
         grid=programs.grid,
-        in_specs=[group[0], *own, group[1], statistic, statistic, *[programs.row_spec] * len(operands[6:])],
+        in_specs=[group[0], *own, group[1], statistic, statistic, *row_specs(programs, p)],
         out_specs=own,
         out_shape=[((p.B, p.S, p.K, p.H), p.dtype), ((p.B, p.S, p.K, p.Hv), p.dtype)],
         tile=tile,
@@ -147,7 +148,7 @@ def dq(operands, problem: Problem, tile: Tile):
         *operands,
         name="flashcore_dq",
         grid=programs.grid,
-        in_specs=[own[0], *group, own[1], statistic, statistic, *[programs.row_spec] * len(operands[6:])],
+        in_specs=[own[0], *group, own[1], statistic, statistic, *row_specs(programs, p)],
         out_specs=[own[0]],
         out_shape=[((p.B, p.T, p.N, p.H), p.dtype)],
         tile=tile,
@@ -155,8 +156,8 @@ def dq(operands, problem: Problem, tile: Tile):
     return gradient
 
 
-def backward(query, key, value, lengths, out, lse, dout, dlse, problem: Problem, tiles: Tiles):
-    """The gradients of query, key and value. lse and dlse float32[B, N, T]; `lengths` is () or two int32[B]."""
+def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Problem, tiles: Tiles):
+    """The gradients of query, key and value. lse and dlse float32[B, N, T]."""
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
-    operands = (query, key, value, dout, lse, delta, *lengths)
+    operands = (query, key, value, dout, lse, delta, *rows.arrays)
     return dq(operands, problem, tiles.dq), *dkdv(operands, problem, tiles.dkdv)

@@ -1,10 +1,11 @@
-"""How the kernels cut a call into tiles: the order of the programs, the refs' block specs, and a row's lengths.
+"""How the kernels cut a call into tiles: the order of the programs, the refs' block specs, and what is told of a row.
 
 The grid is one axis, because CUDA's second and third end at 65535. Program numbers become (batch row, tile, head), and
 which of tile and head runs fastest is the tile's choice: heads fastest keeps a group's shared keys in L2.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -83,36 +84,61 @@ class Programs:
         return self.spec((1,), lambda b, tile, head: (b,))
 
 
-def row_lengths(refs, problem: Problem):
-    """The row's valid queries and keys: from the first two refs, clamped to the arrays, or static."""
-    if not problem.ragged:
-        return problem.T, problem.S
-    query_ref, key_ref, *_ = refs
-    return jnp.clip(query_ref[0], 0, problem.T), jnp.clip(key_ref[0], 0, problem.S)
+class Row(NamedTuple):
+    """What a kernel knows of its batch row."""
+
+    lengths: tuple  # valid queries and keys, clamped to the arrays
+    overflowed: object = None  # of a cache's row: the answer is NaN
+    layer: tuple = ()  # what stands before the indices into a stacked cache
 
 
-def layer_index(refs, problem: Problem) -> tuple:
-    """What stands before the keys' index in a stacked cache: the layer, from the last ref; () where there is no stack."""
-    return () if problem.L is None else (jnp.clip(refs[-1][0], 0, problem.L - 1),)
+def row_of(refs, problem: Problem) -> Row:
+    """From refs that begin with those of `Rows.arrays`."""
+    p = problem
+    refs = iter(refs)
+    query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in _told(p))
+    layer = () if layer_ref is None else layer_index(layer_ref, p.L)
+    query_length = p.T if query_ref is None else jnp.clip(query_ref[0], 0, p.T)
+    key_length = p.S if key_ref is None else jnp.clip(key_ref[(*layer, 0)], 0, p.S)
+    return Row((query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, 0)], layer)
+
+
+def row_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
+    """The specs of `Rows.arrays`."""
+    p = problem
+    of_cache = stack_spec(programs, p.L, (1,), lambda b, tile, head: (b,))
+    return [spec for spec, there in zip((programs.row_spec, of_cache, of_cache, LAYER_SPEC), _told(p), strict=True) if there]
+
+
+def _told(problem: Problem) -> tuple[bool, ...]:
+    """Which fields of `Rows` there are."""
+    p = problem
+    return p.query_lengths, p.key_lengths, p.cached, p.L is not None
+
+
+def layer_index(ref, layers: int) -> tuple:
+    """The layer in front of an index into a stack of so many, clamped to them."""
+    return (jnp.clip(ref[0], 0, layers - 1),)
+
+
+def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> pl.BlockSpec:
+    """`programs.spec` of an array with an axis of layers in front, if any. All of it: a layer sliced out would be a copy."""
+    if layers is None:
+        return programs.spec(shape, index)
+    return programs.spec((layers, *shape), lambda *program: (0, *index(*program)))
+
+
+LAYER_SPEC = pl.BlockSpec((1,), lambda program: (0,))
 
 
 def key_spec(programs: Programs, problem: Problem, block: int, columns: int, index) -> pl.BlockSpec:
-    """The spec of all rows of one head of key or value, where `index(tile, head)` gives (key/value head, block of columns).
-
-    A stacked cache is indexed in the kernel: a layer sliced out of it would be a copy.
-    """
-    stack, first = ((), ()) if problem.L is None else ((problem.L,), (0,))
+    """The spec of all rows of one head of key or value, where `index(tile, head)` gives (key/value head, block of columns)."""
 
     def at(b, tile, head):
         kv_head, column = index(tile, head)
-        return (*first, b, 0, kv_head, column)
+        return (b, 0, kv_head, column)
 
-    return programs.spec((*stack, None, round_up(problem.S, block), None, columns), at)
-
-
-def scalar_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
-    """The specs of a row's two lengths and of the layer, where there are any."""
-    return [programs.row_spec] * (2 * problem.ragged) + [pl.BlockSpec((1,), lambda program: (0,))] * (problem.L is not None)
+    return stack_spec(programs, problem.L, (None, round_up(problem.S, block), None, columns), at)
 
 
 def round_up(size: int, block: int) -> int:

@@ -19,11 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, layer_index, padded, row_lengths, scalar_specs
-from flashcore_jax.kernels.triton.forward import key_walk, part_of, splits_of
+from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_of, row_specs
+from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
 from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
+from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
@@ -88,25 +89,24 @@ def _rows_of(first, count: int, problem: Problem):
 
 def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, cut: Cut):
     number_of_outputs = 2 if cut.is_direct else 3
-    more_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
+    row_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
     p, block_q = problem, tile.block_q
-    lengths = row_lengths(more_refs, p)
+    row = row_of(row_refs, p)
     _, tile_number, kv_head = programs.split(pl.program_id(0))
     row_tile, split, _ = cut.split(tile_number)
     rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
-    layer = layer_index(more_refs, p)
     hv, _ = _columns(p, cut)
-    exist, out_rows = rows < p.T * p.G, queries * p.N + kv_head * p.G + head
+    exist, is_query, out_rows = rows < p.T * p.G, queries < row.lengths[0], queries * p.N + kv_head * p.G + head
 
     def walk():
-        q = tuple(load(q_ref, _scattered(out_rows, c), queries < lengths[0], c.exist) for c in column_chunks(p.H))
-        return key_walk(q, k_ref, v_ref, layer, queries, span, lengths, p, tile.block_k, hv)
+        q = tuple(load(q_ref, _scattered(out_rows, c), is_query, c.exist) for c in column_chunks(p.H))
+        return key_walk(q, k_ref, v_ref, row, queries, span, p, tile.block_k, hv)
 
     if cut.is_direct:
         blocks, sums = walk()
-        _finish(sums(blocks.start, blocks.stop), out_refs, hv, out_rows, queries < lengths[0], exist)
+        _store(sums(blocks.start, blocks.stop), out_refs, hv, out_rows, is_query, exist, row)
         return
-    blocks = visible_blocks(*span, *lengths, p.band, tile.block_k)
+    blocks = visible_blocks(*span, *row.lengths, p.band, tile.block_k)
     start, stop = part_of(blocks, split, cut.per_split)
 
     @pl.when(start < stop)
@@ -121,14 +121,14 @@ def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, prog
 
 
 def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: int, programs: Programs, cut: Cut, count: int):
-    *more_refs, out_ref, lse_ref = refs
+    *row_refs, out_ref, lse_ref = refs
     p = problem
-    lengths = row_lengths(more_refs, p)
+    row = row_of(row_refs, p)
     _, row_tile, kv_head = programs.split(pl.program_id(0))
     rows, queries, head, span = _rows_of(row_tile * count, count, p)
     hv = column_chunks(p.Hv)
     exist = rows < p.T * p.G
-    first, end = splits_of(visible_blocks(*span, *lengths, p.band, block_k), cut.per_split)
+    first, end = splits_of(visible_blocks(*span, *row.lengths, p.band, block_k), cut.per_split)
     at_once = min(_MERGED_AT_ONCE, cut.splits)
 
     def partial(split):
@@ -145,7 +145,7 @@ def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: i
 
     nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
     total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
-    _finish(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < lengths[0], exist)
+    _store(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < row.lengths[0], exist, row)
 
 
 def _scattered(rows, columns: Columns):
@@ -155,12 +155,12 @@ def _scattered(rows, columns: Columns):
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to((columns.start + lax.iota(jnp.int32, columns.width))[None, :], shape)
 
 
-def _finish(total, out_refs, hv, out_rows, is_query, exist):
+def _store(total, out_refs, hv, out_rows, is_query, exist, row):
     out_ref, lse_ref = out_refs
-    out, lse = online_softmax.finish(total)
+    out, lse = finish(total, is_query, row)
     for c, chunk in zip(hv, out, strict=True):
-        store(out_ref, jnp.where(is_query[:, None], chunk, 0.0), _scattered(out_rows, c), exist, c.exist)
-    store(lse_ref, jnp.where(is_query, lse, -jnp.inf), (out_rows,), exist)
+        store(out_ref, chunk, _scattered(out_rows, c), exist, c.exist)
+    store(lse_ref, lse, (out_rows,), exist)
 
 
 def _columns(problem: Problem, cut: Cut):
@@ -171,7 +171,7 @@ def _columns(problem: Problem, cut: Cut):
     return (Columns(0, width, width),), width
 
 
-def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiprocessors: int):
+def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multiprocessors: int):
     """As `forward.forward`: the output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     p, tile = problem, tiles.decode
     cut = cut_for(p, tile, multiprocessors)
@@ -196,14 +196,14 @@ def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiproc
     partial_shape = (p.B, p.K, cut.splits, p.T * p.G)
     found = launch(
         functools.partial(_split_kernel, problem=p, tile=tile, programs=programs, cut=cut),
-        *(query.reshape(p.B, p.T * p.N, p.H), key, value, *scalars),
+        *(query.reshape(p.B, p.T * p.N, p.H), key, value, *rows.arrays),
         name="flashcore_decode",
         grid=programs.grid,
         in_specs=[
             programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
             key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
             key_spec(programs, p, tile.block_k, width, lambda t, k: (k, cut.split(t)[2])),
-            *scalar_specs(programs, p),
+            *row_specs(programs, p),
         ],
         out_specs=every_row(programs) if cut.is_direct else [per_split(width), per_split(), per_split()],
         out_shape=out_shape if cut.is_direct else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
@@ -217,10 +217,10 @@ def decode(query, key, value, scalars, problem: Problem, tiles: Tiles, multiproc
         acc = merges.spec((None, None, cut.splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
         found = launch(
             functools.partial(_merge_kernel, problem=p, block_k=tile.block_k, programs=merges, cut=cut, count=count),
-            *(*found, *scalars),
+            *(*found, *rows.arrays),
             name="flashcore_merge",
             grid=merges.grid,
-            in_specs=[acc, statistic, statistic, *scalar_specs(merges, p)],
+            in_specs=[acc, statistic, statistic, *row_specs(merges, p)],
             out_specs=every_row(merges),
             out_shape=out_shape,
             tile=dataclasses.replace(tile, num_warps=4, num_stages=1),

@@ -15,28 +15,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, key_spec, layer_index, padded, row_lengths, scalar_specs
+from flashcore_jax.kernels.triton.blocks import Programs, Row, column_chunks, key_spec, padded, row_of, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import quotient, visible, visible_blocks
 from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
-def key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem: Problem, block_k: int, hv):
+def key_walk(q, k_ref, v_ref, row: Row, queries, span, problem: Problem, block_k: int, hv):
     """What a tile of query rows sees: the range of key blocks, and a function that gives the partial sums over a part of it.
 
     queries: int32[rows], each row's query; span: the first of them and how many there are; hv: value's columns.
     This is the one place where scores are computed and added up: forward and decode have the same bits because of it.
     """
-    query_length, key_length = lengths
+    query_length, key_length = row.lengths
     h = column_chunks(problem.H)
     blocks = visible_blocks(*span, query_length, key_length, problem.band, block_k)
 
     def visit(block, partial, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        at_block = (*layer, pl.ds(block * block_k, block_k))
+        at_block = (*row.layer, pl.ds(block * block_k, block_k))
         k = load_chunks(k_ref, h, at_block, is_key)
         scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
         if masked:
@@ -71,21 +72,30 @@ def part_of(blocks, split, per_split: int):
     return jnp.maximum(blocks.start, split * per_split), jnp.minimum(blocks.stop, (split + 1) * per_split)
 
 
+def finish(total, is_query, row: Row):
+    """`online_softmax.finish`, with 0 and -inf for rows of a tile that are no queries, and NaN if the cache's row has overflowed."""
+    out, lse = online_softmax.finish(total)
+    if is_query is not None:
+        out, lse = tuple(jnp.where(is_query[:, None], chunk, 0.0) for chunk in out), jnp.where(is_query, lse, -jnp.inf)
+    if row.overflowed is not None:
+        out, lse = tuple(jnp.where(row.overflowed, jnp.nan, chunk) for chunk in out), jnp.where(row.overflowed, jnp.nan, lse)
+    return out, lse
+
+
 def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, closes: bool):
-    *more_refs, out_ref, lse_ref = refs
+    *row_refs, out_ref, lse_ref = refs
     block_q, block_k = tile.block_q, tile.block_k
-    lengths = row_lengths(more_refs, problem)
+    row = row_of(row_refs, problem)
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
-    is_query = queries < lengths[0]
+    is_query = queries < row.lengths[0]
     in_t = None if problem.T % block_q == 0 else queries < problem.T
     hv = column_chunks(problem.Hv)
-    every_row_exists = not problem.ragged and in_t is None
+    every_row_exists = not problem.query_lengths and in_t is None
     q = load_chunks(q_ref, column_chunks(problem.H), rows=None if every_row_exists else is_query)
     span = first_query, block_q
-    layer = layer_index(more_refs, problem)
-    blocks, sums = key_walk(q, k_ref, v_ref, layer, queries, span, lengths, problem, block_k, hv)
+    blocks, sums = key_walk(q, k_ref, v_ref, row, queries, span, problem, block_k, hv)
 
     if not closes:
         total = sums(blocks.start, blocks.stop)
@@ -98,32 +108,26 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
         nothing = online_softmax.nothing((block_q,), tuple(c.width for c in hv))
         total = lax.fori_loop(*splits_of(blocks, per_split), close, nothing)
 
-    out, lse = online_softmax.finish(total)
-    if not every_row_exists:
-        out = tuple(jnp.where(is_query[:, None], chunk, 0.0) for chunk in out)
-        lse = jnp.where(is_query, lse, -jnp.inf)
+    out, lse = finish(total, None if every_row_exists else is_query, row)
     store_chunks(out_ref, hv, out, in_t)
     store(lse_ref, lse, rows=in_t)
 
 
-def forward(query, key, value, scalars, problem: Problem, tiles: Tiles):
-    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T].
-
-    scalars: the two lengths int32[B] where the problem is ragged, then the layer int32[1] where it has L.
-    """
+def forward(query, key, value, rows: Rows, problem: Problem, tiles: Tiles):
+    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     p = problem
     closes = p.split_size is not None and p.S > p.split_size
     tile = tiles.closing if closes else tiles.forward
     programs = Programs(p.B, p.N, pl.cdiv(p.T, tile.block_q), tile.heads_fastest, last_tile_first=p.band.right is not None)
     return launch(
         functools.partial(_kernel, problem=p, tile=tile, programs=programs, closes=closes),
-        *(query, key, value, *scalars),
+        *(query, key, value, *rows.arrays),
         name="flashcore_forward_closing" if closes else "flashcore_forward",
         grid=programs.grid,
         in_specs=[
             programs.spec((None, tile.block_q, None, padded(p.H)), lambda b, t, n: (b, t, n, 0)),
             *(key_spec(programs, p, tile.block_k, padded(size), lambda t, n: (quotient(n, p.G), 0)) for size in (p.H, p.Hv)),
-            *scalar_specs(programs, p),
+            *row_specs(programs, p),
         ],
         out_specs=[
             programs.spec((None, tile.block_q, None, padded(p.Hv)), lambda b, t, n: (b, t, n, 0)),

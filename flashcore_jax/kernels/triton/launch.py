@@ -79,6 +79,12 @@ def store_chunks(ref, chunks, values, rows=None):
         store(ref, value, (slice(None), c.at), rows, c.exist)
 
 
+def barrier():
+    """Waits for the program's other threads. (The interpreter has one.)"""
+    if target_gpu() is not None:
+        plgpu.debug_barrier()
+
+
 def dot(a, b, precision: str, *, contract=(1, 0)):
     """The product of two matrices of one dtype over the named axis of each, accumulated in float32."""
     how = _DOT_PRECISION[precision]

@@ -1,0 +1,58 @@
+"""Rows of a batch and of a cache: their lengths, what an append does to them, and where those of a layer lie."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Rows(NamedTuple):
+    """What is told of a batch's rows beside the arrays; None: nothing."""
+
+    query_length: jax.Array | None = None  # int32[B]
+    key_length: jax.Array | None = None  # int32[B], of a stacked cache [L, B]
+    overflowed: jax.Array | None = None  # bool of the same shape, for a cache
+    layer: jax.Array | None = None  # int32[1], for a stacked one
+
+    def of_layer(self) -> "Rows":
+        return Rows(self.query_length, *(of_layer(x, self.layer) for x in (self.key_length, self.overflowed)))
+
+    @property
+    def arrays(self) -> list:
+        return [x for x in self if x is not None]
+
+
+def append(length, overflowed, count, capacity: int):
+    """(tokens to be written, length, overflowed) of rows that `count` tokens are appended to: all of a row's, or none."""
+    overflowed = overflowed | (count > capacity - length)
+    after = jnp.where(overflowed, length, length + count)
+    return after - length, after, overflowed
+
+
+def int32(lengths):
+    """Lengths as the kernels take them; None stays None, and is never filled in: that would be a kernel of its own."""
+    return None if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
+
+
+class Update(NamedTuple):
+    start: jax.Array  # int32[B]: where a row's tokens go
+    count: jax.Array  # int32[B]: how many of them are written
+    arrays: tuple  # the cache's length and overflowed
+
+
+def update(length, overflowed, count, T: int, capacity: int, layer) -> Update:
+    """`append` of the first count[b] of T tokens, None for all of them, in a cache's arrays."""
+    start = of_layer(length, layer)
+    count = T if count is None else jnp.clip(count, 0, T)
+    count, *after = append(start, of_layer(overflowed, layer), count, capacity)
+    return Update(start, count, tuple(with_layer(x, layer, new) for x, new in zip((length, overflowed), after, strict=True)))
+
+
+def of_layer(x, layer):
+    """One layer (int32[1]) of a stack, clamped to those there are, as the kernels do it; x itself where layer is None."""
+    return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False)
+
+
+def with_layer(x, layer, new):
+    """x with one layer replaced. (`.at[layer].set` would look first whether there is such a layer, in a kernel of its own.)"""
+    return new if layer is None else jax.lax.dynamic_update_index_in_dim(x, new, layer[0], 0)
