@@ -43,13 +43,16 @@ def _parts(cache):
 
 
 def one_scan(cell: Loop, x, arrays, rows):
-    """All turns: (x, arrays, rows) afterwards. `arrays` are the cache's key and value, `rows` its length and overflowed."""
+    """All turns: (x, arrays, rows) afterwards. `arrays` are the cache's key and value, `rows` its length and overflowed.
 
-    def visit(carry, layer):
-        return attend(*carry, layer), None
+    A `fori_loop`, which is a scan over the counter it carries. Scanned over `jnp.arange(layers)`, JAX would fetch each number
+    from memory: 3 µs a turn, as much as append and merge together.
+    """
 
-    layers = jnp.arange(cell.layers) if cell.layers > 1 else None
-    (x, cache), _ = jax.lax.scan(visit, (x, _cache(arrays, rows)), layers, length=cell.turns)
+    def visit(layer, carry):
+        return attend(*carry, layer if cell.layers > 1 else None)
+
+    x, cache = jax.lax.fori_loop(0, cell.turns, visit, (x, _cache(arrays, rows)))
     return x, *_parts(cache)
 
 

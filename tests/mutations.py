@@ -42,6 +42,7 @@ _POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothi
 _CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _DECODE, _APPEND = "kernels/triton/decode.py", "kernels/triton/append.py"
+_BLOCKS = "kernels/triton/blocks.py"
 
 MUTATIONS = {
     "no mask of key columns": Mutation(
@@ -108,8 +109,8 @@ MUTATIONS = {
         (
             Edit(
                 _DECODE,
-                "out_rows = rows < p.T * p.G, queries * p.N + kv_head * p.G + head",
-                "out_rows = rows < p.T * p.G, queries * p.N + head * p.K + kv_head",
+                "queries < row.lengths[0], queries * p.N + kv_head * p.G + head\n",
+                "queries < row.lengths[0], queries * p.N + head * p.K + kv_head\n",
             ),
         ),
         (*_contract("one query, causal, three splits"), _HEADS),
@@ -119,25 +120,19 @@ MUTATIONS = {
         (*_contract("one query, causal, three splits"), _CHUNKS),
     ),
     "appended one slot late": Mutation(
-        (Edit(_APPEND, "pl.ds(start_ref[0] + first, tile.block_q)", "pl.ds(start_ref[0] + first + 1, tile.block_q)"),),
+        (Edit(_APPEND, "pl.ds(start + first, tile.block_q)", "pl.ds(start + first + 1, tile.block_q)"),),
         ("tests/test_cache.py::test_append_writes_behind_each_row_and_nowhere_else[triton-5-float16]", _CHUNKS),
     ),
     "appended to the first layer": Mutation(
-        (Edit(_APPEND, "jnp.clip(layer_refs[0][0], 0, layers - 1)", "0 * layer_refs[0][0]"),),
+        (Edit(_BLOCKS, "jnp.clip(ref[0], 0, layers - 1)", "0 * ref[0]"),),
         ("tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",),
     ),
     "room is not checked": Mutation(
-        (Edit("cache.py", "overflowed | (count > self.capacity - length)", "overflowed | (count > 9 * self.capacity)"),),
+        (Edit("rows.py", "overflowed | (count > capacity - length)", "overflowed | (count > 9 * capacity)"),),
         ("tests/test_cached_attention.py::test_overflow_under_jit_is_nan_for_that_row_and_only_it[triton-7]",),
     ),
     "the new tokens are not counted": Mutation(
-        (
-            Edit(
-                "kv_attention.py",
-                "query, cache.key, cache.value, query_seq_lengths, length, layer",
-                "query, cache.key, cache.value, query_seq_lengths, length - query.shape[1], layer",
-            ),
-        ),
+        (Edit("kv_attention.py", "cache.length, cache.overflowed", "cache.length - query.shape[1], cache.overflowed"),),
         (_CHUNKS,),
     ),
 }

@@ -12,6 +12,7 @@ import flashcore_jax
 from flashcore_jax.kernels.triton.backward import backward
 from flashcore_jax.kernels.triton.forward import forward
 from flashcore_jax.problem import problem_of
+from flashcore_jax.rows import Rows, int32
 from flashcore_jax.testing import WORKLOADS, Results, assert_right, evaluate, inputs, oracle
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
@@ -48,14 +49,14 @@ def test_any_tile(workload, block_q, block_k, heads_fastest):
     tile = Tile(block_q, block_k, num_warps=4, num_stages=1, heads_fastest=heads_fastest)
     options = {name: option for name, option in w.options.items() if option is not None}
     problem = problem_of(*arrays[:3], split_size=w.split_size, **options)
-    lengths = tuple(jnp.asarray(lengths) for lengths in w.lengths.values() if lengths is not None)
+    rows = Rows(*map(int32, w.lengths.values()))
 
     @jax.jit
     def run(query, key, value, out_cotangent, lse_cotangent):
         tiles = Tiles(tile, tile, tile, tile, tile)
-        out, lse = forward(query, key, value, lengths, problem, tiles)
+        out, lse = forward(query, key, value, rows, problem, tiles)
         cotangents = out_cotangent, lse_cotangent.swapaxes(1, 2)
-        gradients = backward(query, key, value, lengths, out, lse, *cotangents, problem, tiles)
+        gradients = backward(query, key, value, rows, out, lse, *cotangents, problem, tiles)
         return Results(out, lse.swapaxes(1, 2), *gradients)
 
     assert_right(run(*arrays), oracle(arrays, **w.options))
