@@ -12,6 +12,7 @@ import flashcore_jax
 from flashcore_jax.kernels.triton.decode import decode
 from flashcore_jax.kernels.triton.forward import forward
 from flashcore_jax.problem import problem_of
+from flashcore_jax.rows import Rows
 from flashcore_jax.testing import UNIT_ROUNDOFF, Inputs, Workload, assert_right, errors, evaluate, inputs, oracle
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
@@ -139,7 +140,7 @@ def test_the_tile_changes_no_bit(dtype, head_dim):
     @functools.partial(jax.jit, static_argnames=("run", "tile"))
     def results(query, key, value, run, tile):
         options = (132,) if run is decode else ()
-        return run(query, key, value, (), problem, Tiles(tile, tile, tile, tile, tile), *options)
+        return run(query, key, value, Rows(), problem, Tiles(tile, tile, tile, tile, tile), *options)
 
     tiles = [(64, 64, 4, 2), (128, 64, 8, 1), (16, 64, 1, 1), (16, 64, 4, 2), (32, 64, 2, 1), (32, 64, 4, 1), (64, 64, 8, 1)]
     first = results(*arrays, forward, Tile(*tiles[0]))
