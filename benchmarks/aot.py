@@ -78,6 +78,8 @@ TARGETS = {
     "NVIDIA B200": Target(148, 2048, 180, 8000, 126, 1.965),
 }
 
+_UNLISTED = Target(64, 1536, 16, 500, 32, 1.5)  # small: nothing in a kernel of ours depends on it
+
 _TARGET_CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32
@@ -100,7 +102,7 @@ device_description_str: "{name}"
 @functools.cache
 def mesh_for(gpu: str, devices: int = 1):
     """A mesh of devices of the named kind on one axis, "x"."""
-    target, known = TARGETS[gpu], gpu_of(gpu)
+    target, known = TARGETS.get(gpu, _UNLISTED), gpu_of(gpu)
     major, minor = known.capability
     config = _TARGET_CONFIG.format(
         t=target, name=gpu, major=major, minor=minor, memory=target.memory << 30, l2=target.l2 << 20,
@@ -307,7 +309,16 @@ def leave_the_gpu_alone():
 
 
 def compile_all(jobs, workers: int = 2):
-    """Yields each job's rows, in the order in which they are done. A job whose compiler aborts costs its worker, not the run."""
+    """Yields each job's rows, in the order in which they are done."""
+    for job, rows in in_processes(compile_job, jobs, workers):
+        yield failed(job, ABORTED) if rows is None else rows
+
+
+ABORTED = "the compiler aborted the process"
+
+
+def in_processes(work, jobs, workers: int):
+    """Yields (job, work(job)) in the order in which they are done. A job whose compiler aborts costs its worker, not the run: None."""
 
     def fresh():
         # Spawned, because jax's threads do not survive a fork.
@@ -317,19 +328,19 @@ def compile_all(jobs, workers: int = 2):
     for _ in range(workers):
         idle.put(fresh())
 
-    def compile_one(job):
+    def work_on(job):
         pool = idle.get()
         try:
-            return pool.submit(compile_job, job).result()
+            return job, pool.submit(work, job).result()
         except concurrent.futures.process.BrokenProcessPool:
             pool = fresh()
-            return failed(job, "the compiler aborted the process")
+            return job, None
         finally:
             idle.put(pool)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as threads:
         try:
-            yield from (done.result() for done in concurrent.futures.as_completed([threads.submit(compile_one, job) for job in jobs]))
+            yield from (done.result() for done in concurrent.futures.as_completed([threads.submit(work_on, job) for job in jobs]))
         finally:
             threads.shutdown(cancel_futures=True)
             for _ in range(workers):

@@ -218,6 +218,7 @@ OURS, NO_SPLIT, BASELINE = "flashcore", "flashcore_nosplit", "cudnn"
 DEFAULT = {
     "prefill": tuple(name for name in PEERS if name not in ("flashcore_xla", "pallas_gqa")),
     "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name != "flashcore_xla"),
+    "lengths": (OURS, BASELINE, "pallas_triton", "tokamax_triton", "tokamax_mosaic"),
     "latency": (OURS, BASELINE),
 }
 QUICK = ("flashcore", "flashcore_nosplit", "flashcore_xla", "xla", "cudnn")

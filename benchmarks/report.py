@@ -4,139 +4,29 @@
     python -m benchmarks.report --results FILE...      # from these, quick ones too
     python -m benchmarks.report --check                # exit code 1 if what is committed is not what would be rendered
 
-Of each cell the newest run that has the baseline in it is shown, all contenders from that one run, on the newest run's device.
-A board that the newest run lacks is shown from the newest run that has it, with that run's date.
+Which run is shown, and which is the one before it: benchmarks/records.py. Tables: tables.py. Pictures: pictures.py.
 """
 
 import argparse
 import collections
-import dataclasses
-import json
 import math
 import pathlib
 import re
 import statistics
 import sys
 
-from benchmarks import loops, pictures
-from benchmarks.peers import BASELINE, NO_SPLIT, OURS, PEERS
-from benchmarks.workloads import BOARDS, DIRECTIONS, SUMMARIES, TITLES, Cell, Loop, cell_of, directions
+from benchmarks import pictures, records, tables
+from benchmarks.peers import NO_SPLIT, OURS, PEERS
+from benchmarks.records import SLOWER, Results
+from benchmarks.tables import geometric_mean, label, number
+from benchmarks.workloads import BOARDS, DIRECTIONS, TITLES, Cell, directions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARKERS = "<!-- numbers:start -->", "<!-- numbers:end -->"
-ABSENT = "-"
 TRITON_PEERS = [name for name, peer in PEERS.items() if peer.triton and name not in (OURS, NO_SPLIT)]
 
 
-@dataclasses.dataclass
-class Results:
-    """What is shown of one board, newest first already chosen. `times[cell name, direction][contender]` is that contender's record."""
-
-    board: str
-    runs: dict[str, dict]
-    cells: dict[str, Cell | Loop]
-    times: dict[tuple[str, str], dict[str, dict]]
-    ceilings: dict[str, dict]
-    memory: dict[tuple[str, str], dict[int, dict]]  # [contender, direction][T]
-
-    @classmethod
-    def load(cls, files, quick: bool, board: str = "prefill") -> "Results":
-        records = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
-        runs = {r["run"]: r for r in records if r["kind"] == "run" and (quick or not r["quick"])}
-        device = runs[max(runs)]["device"] if runs else None
-        runs = {run: r for run, r in sorted(runs.items()) if r["device"] == device}
-        by_kind = collections.defaultdict(list)
-        for record in sorted((r for r in records if r["run"] in runs), key=lambda r: r["run"]):  # stable: oldest run first
-            by_kind[record["kind"]].append(record)
-
-        timed = [r for r in by_kind["time"] if r.get("board", "prefill") == board]  # the first runs knew one board, and did not name it
-        baseline = loops.BASELINE if board == "loops" else BASELINE
-        shown = {}  # (cell, direction) -> run
-        for needs_baseline in (False, True):
-            for r in timed:
-                if not needs_baseline or (r["contender"] == baseline and r["status"] == "ok"):
-                    shown[r["cell"]["name"], r["direction"]] = r["run"]
-        times, cells = collections.defaultdict(dict), {}
-        for r in timed:
-            key = r["cell"]["name"], r["direction"]
-            if shown[key] == r["run"]:
-                times[key][r["contender"]] = r
-                cells[key[0]] = cell_of(board, r["cell"])
-        memory = collections.defaultdict(dict)
-        for r in by_kind["memory"]:
-            if r["status"] == "ok" and board == "prefill":
-                memory[r["contender"], r["direction"]][r["cell"]["T"]] = r
-        used = {r["run"] for group in times.values() for r in group.values()}
-        used |= {r["run"] for group in memory.values() for r in group.values()}
-        ceilings = {r["name"]: r for r in by_kind["ceiling"] if r["run"] in used}
-        places = {cell.name: place for place, cell in enumerate(BOARDS[board])}
-        order = sorted(cells, key=lambda name: (places.get(name, len(places)), len(name), name))
-        return cls(
-            board, {k: v for k, v in runs.items() if k in used}, {name: cells[name] for name in order}, dict(times), ceilings, dict(memory)
-        )
-
-    @property
-    def summarised(self) -> tuple[str, ...]:
-        """The cells of the geometric mean."""
-        return SUMMARIES.get(self.board, ())
-
-    def ok(self, cell: str, direction: str, contender: str) -> dict | None:
-        record = self.times.get((cell, direction), {}).get(contender)
-        return record if record and record["status"] == "ok" else None
-
-    def ratios(self, direction: str, contender: str, among=None) -> dict[str, float]:
-        """{cell: the baseline's time over the contender's}: above 1 is faster than the baseline."""
-        found = {cell: self.ok(cell, direction, contender) for cell in among or self.cells}
-        return {cell: r["ratio"] for cell, r in found.items() if r and r["ratio"]}
-
-    def contenders(self, direction: str) -> list[str]:
-        return [name for name in PEERS if any(self.ok(cell, direction, name) for cell in self.cells)]
-
-
-def geometric_mean(values) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
-# Text
-
-
-def table(head, rows) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def number(x: float, digits: int = 0) -> str:
-    """Small numbers keep three digits, so that a CPU's are not all zero."""
-    return f"{x:.{digits}f}" if x >= 10 ** (1 - digits) else f"{x:.3g}"
-
-
-def mean_of(results: Results, direction: str, contender: str) -> str:
-    ratios = results.ratios(direction, contender, results.summarised)
-    if not ratios:
-        return ABSENT
-    note = "" if len(ratios) == len(results.summarised) else f" ({len(ratios)} of {len(results.summarised)})"
-    return f"{geometric_mean(ratios.values()):.2f}{note}"
-
-
-def board_table(results: Results, direction: str, figure: str = "tflops", cells=None, head: str = "B x T, N/K, H") -> str:
-    """One figure of every contender in each cell; with the geometric mean where that is over these cells."""
-    names = results.contenders(direction)
-    cells = results.cells if cells is None else cells
-
-    def entry(cell, name):
-        record = results.ok(cell, direction, name)
-        if record is None:
-            status = results.times.get((cell, direction), {}).get(name, {}).get("status", "")
-            return f"**{status}**" if status == "wrong" else ABSENT
-        ratio = f" ({record['ratio']:.2f})" if record["ratio"] and name != BASELINE else ""
-        return number(record[figure]) + ratio
-
-    rows = [[f"{name}: {results.cells[name]}", *(entry(name, contender) for contender in names)] for name in cells]
-    if set(results.summarised) & set(cells):
-        first, *_, last = results.summarised
-        means = ["" if name == BASELINE else mean_of(results, direction, name) for name in names]
-        rows.append([f"geometric mean, {first} to {last}", *means])
-    return table([head, *(PEERS[name].label for name in names)], rows)
+# Sentences
 
 
 def mean_sentence(results: Results, direction: str, title: str) -> str:
@@ -156,22 +46,72 @@ def mean_sentence(results: Results, direction: str, title: str) -> str:
     return text
 
 
-def summary(results: Results) -> str:
-    """The sentences that a reader wants first."""
+def summary(prefill: Results, decode: Results) -> list[str]:
+    """What a reader wants first."""
     lines = []
     for direction in DIRECTIONS:
-        text = mean_sentence(results, direction, TITLES[direction])
-        if not text:
-            continue
-        lead = {}
-        for cell in results.cells:
-            ours, theirs = results.ok(cell, direction, OURS), [results.ok(cell, direction, name) for name in TRITON_PEERS]
-            if ours and any(theirs):
-                lead[cell] = ours["tflops"] / max(r["tflops"] for r in theirs if r)
-        if lead:
-            text += f"; {min(lead.values()):.2f} to {max(lead.values()):.2f} times the fastest other Triton kernel where one runs"
-        lines.append(f"- {text}.")
-    return "\n".join(lines) or "- No cell has both our time and cuDNN's."
+        if text := mean_sentence(prefill, direction, TITLES[direction]):
+            if lead := prefill.lead(direction, TRITON_PEERS).values():
+                text += f"; {min(lead):.2f} to {max(lead):.2f} times the fastest other Triton kernel where one runs"
+            lines.append(f"- {text}.")
+    if text := mean_sentence(decode, "fwd", "Decode"):
+        fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
+        lines.append(f"- {text}; up to {number(fastest)} GB/s of valid keys and values.")
+    return lines or ["- No cell has both our time and cuDNN's."]
+
+
+def percent(change: float) -> str:
+    return "no time now" if math.isinf(change) else f"{change:+.1%}"
+
+
+def slower(results: Results) -> list[str]:
+    """By name, with the baseline's change in the same cell: where that is as large, it was the machine."""
+    found = []
+    for (cell, direction, name), change in results.changes(results.ours).items():
+        if change > SLOWER:
+            parts = [cell, *([direction] if len(directions(results.board)) > 1 else []), *([label(name)] if name != OURS else [])]
+            control = results.change(cell, direction, results.baseline)
+            beside = "" if control is None else f", {label(results.baseline)} {percent(control)}"
+            found.append(f"{' '.join(parts)} ({percent(change)}{beside})")
+    return found
+
+
+def changes(boards: dict[str, Results]) -> list[str]:
+    """For each board, our times against those of the run before."""
+    lines = []
+    for board, results in boards.items():
+        if found := results.changes(results.ours):
+            runs = " and ".join(sorted({results.before[key]["run"] for key in found}))
+            text = f"- {board.capitalize()}, against {runs}: our {len(found)} times changed by {percent(statistics.median_low(found.values()))}"
+            if theirs := results.changes([results.baseline]).values():
+                text += f", {label(results.baseline)}'s by {percent(statistics.median_low(theirs))}"
+            listed = slower(results)
+            verdict = f"**slower by more than {SLOWER:.0%}: {'; '.join(listed)}**" if listed else f"none slower by more than {SLOWER:.0%}"
+            lines.append(f"{text} (medians); {verdict}.")
+    return lines
+
+
+def changes_in_short(boards: dict[str, Results]) -> list[str]:
+    found = [change for results in boards.values() for change in results.changes(results.ours).values()]
+    if not found:
+        return []
+    count = sum(change > SLOWER for change in found)
+    median = percent(statistics.median_low(found))
+    return [
+        f"- Against the run before, {count} of our {len(found)} times are slower by more than {SLOWER:.0%}; the median changed by {median}."
+    ]
+
+
+def left_out(boards: dict[str, Results]) -> list[str]:
+    """The newer runs that are not shown, and what they have."""
+    lines = []
+    for board, results in boards.items():
+        found = collections.defaultdict(list)
+        for (direction, run), cells in results.left_out.items():
+            some = f" ({', '.join(cells)})" if cells else ""
+            found[run].append(f"{TITLES[direction].lower()} of {len(cells)} of the board's {len(BOARDS[board])} cells{some}")
+        lines += [f"- {board.capitalize()}: a newer run, {run}, is not shown: it has {', '.join(what)}." for run, what in found.items()]
+    return lines
 
 
 def provenance(results: Results) -> str:
@@ -181,311 +121,193 @@ def provenance(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     text = f"{run['device']}, {' and '.join(dates)}; {versions}" + (f"; commit {run['commit']}" if run["commit"] else "") + "."
     if ok:
-        clock = "kernel time by CUPTI (all kernels of one call)" if {r["clock"] for r in ok} == {"cupti"} else "wall time of one call"
+        clock = "Kernel time by CUPTI (all kernels of one call)" if {r["clock"] for r in ok} == {"cupti"} else "Wall time of one call"
         text += (
-            f" {clock[0].upper()}{clock[1:]}, median of {min(r['samples'] for r in ok)} or more calls, contenders in turns, inputs rotated where "
+            f" {clock}, median of {min(r['samples'] for r in ok)} or more calls, contenders in turns, inputs rotated where "
             f"they would fit the L2; median spread (90th to 10th percentile) {statistics.median(r['time_us']['spread'] for r in ok):.1%}."
         )
+    if extra := [r["wall_us"] - r["time_us"]["median"] for r in ok if r["clock"] == "cupti"]:
+        text += (
+            f" From Python, one jitted call and the wait for its result takes {statistics.median(extra):.0f} µs more (median over all "
+            "contenders and cells); a model under one `jit` does not pay it per layer."
+        )
     if results.ceilings:
-        text += " Ceilings on the same GPU: " + ", ".join(
-            f"{name} {number(r['value'])} {r['unit']} ({r['what']})" for name, r in results.ceilings.items()
-        ) + "."  # fmt: skip
+        roofs = (f"{name} {number(r['value'])} {r['unit']} ({r['what']})" for name, r in results.ceilings.items())
+        text += f" Ceilings on the same GPU: {', '.join(roofs)}."
     return text
 
 
-def split_cost(results: Results, cell: str, direction: str) -> str:
-    exact, free = (results.ok(cell, direction, contender) for contender in (OURS, NO_SPLIT))
-    return f"{exact['time_us']['median'] / free['time_us']['median'] - 1:+.1%}" if exact and free else ABSENT
-
-
-def split_table(results: Results) -> str:
-    rows = [[f"{name}: {cell}", *(split_cost(results, name, d) for d in DIRECTIONS)] for name, cell in results.cells.items()]
-    return table(["B x T, N/K, H", *(TITLES[direction].lower() for direction in DIRECTIONS)], rows)
-
-
-def numerics_table(results: Results) -> str:
-    names = [n for n in PEERS if any(n in results.contenders(direction) for direction in DIRECTIONS)]
-
-    def entry(cell, name):
-        found, difference = {}, 0.0
-        for direction in DIRECTIONS:
-            if record := results.ok(cell, direction, name):
-                found |= record["errors"]
-                difference = max(difference, record.get("max_diff", {}).get("out", 0.0))
-        if not found:
-            return ABSENT
-        gradients = [found[g] for g in ("dq", "dk", "dv") if g in found]
-        text = f"{found['out']:.2f}" + (f" / {max(gradients):.2f}" if gradients else "")
-        return text if name == OURS else f"{text} ({difference:.1g})"
-
-    return table(
-        ["B x T, N/K, H", *(PEERS[name].label for name in names)], [[c, *(entry(c, name) for name in names)] for c in results.cells]
-    )
-
-
-def dispatch_sentence(results: Results) -> str:
-    extra = [
-        r["wall_us"] - r["time_us"]["median"]
-        for group in results.times.values()
-        for r in group.values()
-        if r["status"] == "ok" and r["clock"] == "cupti"
-    ]
-    if not extra:
-        return ""
-    return (
-        f"\nThese are kernel times. From Python, one jitted call and the wait for its result takes {statistics.median(extra):.0f} µs more "
-        "(median over all contenders and cells); a model under one `jit` does not pay it per layer.\n"
-    )
-
-
-def mib(n: float) -> str:
-    return number(n / 2**20, 1)
-
-
-def memory_table(results: Results) -> str:
-    columns = [(name, direction) for name in PEERS for direction in DIRECTIONS if (name, direction) in results.memory]
-    lengths = sorted({T for found in results.memory.values() for T in found})
-    rows = [[f"{T:,}", *(mib(results.memory[c][T]["temp_bytes"]) if T in results.memory[c] else ABSENT for c in columns)] for T in lengths]
-    return table(["T", *(f"{PEERS[name].label}, {TITLES[direction].lower()}" for name, direction in columns)], rows)
-
-
-def growth_sentence(results: Results) -> str:
-    parts = []
-    for direction in DIRECTIONS:
-        found = results.memory.get((OURS, direction), {})
-        if len(found) > 1:
-            low, high = min(found), max(found)
-            a, b = found[low]["temp_bytes"], found[high]["temp_bytes"]
-            grown = f"{b / a:.1f} times" if a else f"from 0 to {mib(b)} MiB"
-            parts.append(f"{TITLES[direction].lower()} {grown}")
-    return f"From T = {low:,} to {high:,}, that is {high / low:.0f} times, temporary memory grows: {', '.join(parts)}." if parts else ""
-
-
-def declined_list(results: Results) -> str:
+def declined(results: Results) -> list[str]:
+    """What was run another way, and what has no time: why."""
     reasons = collections.defaultdict(lambda: collections.defaultdict(list))
     for (cell, direction), group in results.times.items():
         for name, record in group.items():
             if record["status"] != "ok":
                 reasons[name, record["status"], record["reason"]][direction].append(cell)
-    lines = []
+    shown = {name for direction in DIRECTIONS for name in results.contenders(direction)}
+    lines = [f"- {peer.label}: {peer.note}." for name, peer in PEERS.items() if peer.note and name in shown]
     only_one = len(directions(results.board)) == 1
     for (name, status, reason), found in sorted(reasons.items()):
         where = {d: "every cell" if len(c) == len(results.cells) else ", ".join(c) for d, c in found.items()}
         text = "; ".join(cells if only_one else f"{d}: {cells}" for d, cells in where.items())
-        lines.append(f"- {PEERS[name].label}, {status} ({text}): {reason}")
-    shown = {name for direction in DIRECTIONS for name in results.contenders(direction)}
-    notes = [f"- {peer.label}: {peer.note}." for name, peer in PEERS.items() if peer.note and name in shown]
-    return "\n".join(notes + lines)
+        lines.append(f"- {label(name)}, {status} ({text}): {reason}")
+    return ["", *lines] if lines else []
 
 
-# Sections
+# Sections: each a list of lines
 
 
-def prefill_sections(results: Results) -> list[str]:
-    if not results.cells:
-        return []
-    parts = [
-        "", summary(results),
+def head_section(boards: dict[str, Results]) -> list[str]:
+    lines = [*summary(boards["prefill"], boards["decode"]), "", *pictures.links(boards, "who_wins"), "## Against the run before\n"]
+    if found := changes(boards):
+        lines += [
+            (
+                f'Times stand beside those of the run before that measured the same cell on this kind of GPU, as in "80.0 (75.0, +6.7%)", in **bold** where '
+                f"slower by more than {SLOWER:.0%}. Where the baseline changed as much, it was the machine.\n"
+            )
+        ]
+    return lines + (found or ["- No cell shown was measured in an earlier run."]) + left_out(boards)
+
+
+def prefill_section(results: Results) -> list[str]:
+    lines = [
         (
-            "\nTFLOP/s counts 4·B·N·T²·H, half of it when causal, a window's visible pairs, and 3.5 times as much with the backward. In brackets: "
+            "TFLOP/s counts 4·B·N·T²·H, half of it when causal, a window's visible pairs, and 3.5 times as much with the backward. In brackets: "
             "speed as a fraction of cuDNN's in the same run, above 1 is faster. bfloat16, causal unless it says full. Every contender's output "
-            "was compared with float64 before it was timed. What is absent is explained at the end."
-        ),
-    ]  # fmt: skip
+            "was compared with float64 before it was timed. What is absent is explained below."
+        )
+    ]
     for direction in DIRECTIONS:
-        parts += [f"\n## {TITLES[direction]}\n", board_table(results, direction)]
+        if results.contenders(direction):
+            lines += [f"\n### {TITLES[direction]}\n", tables.speeds(results, direction), "", tables.times(results, direction)]
     return [
-        *parts, dispatch_sentence(results),
-        "![TFLOP/s of every contender, per cell](images/prefill_tflops.png)\n", "![Speed as a fraction of cuDNN's](images/prefill_fraction.png)",
-        "\n## What the default `split_size` costs\n", "Time at the default, compared with `split_size=None`.\n", split_table(results),
-    ]  # fmt: skip
-
-
-def errors_section(results: Results) -> list[str]:
-    if not results.cells:
-        return []
-    return [
-        "\n## Errors\n",
+        *lines,
+        "\n### Errors\n",
         (
             "Against float64 attention on the same rounded inputs (the last key/value head of the last row, every query). First the largest error of the "
             "output, then, after the slash, the worst of the three gradients (root mean square), both as fractions of their gates in "
             "`flashcore_jax.testing`: 1 is the limit for ours. In brackets: the largest difference from our output anywhere.\n"
         ),
-        numerics_table(results),
-    ]  # fmt: skip
+        tables.errors(results),
+    ]
 
 
-def memory_section(results: Results) -> list[str]:
-    if not results.memory:
-        return []
-    cell = Cell(**next(iter(next(iter(results.memory.values())).values()))["cell"])
-    return [
-        "\n## Memory\n",
-        f"Temporary MiB of one call, from XLA's own accounting: B = {cell.B}, N/K = {cell.N}/{cell.K}, H = {cell.H}, {cell.dtype}, causal. {growth_sentence(results)}\n",
-        memory_table(results), "\n![Temporary memory against T](images/memory.png)",
-    ]  # fmt: skip
+def lengths_section(results: Results) -> list[str]:
+    cell = next(iter(results.cells.values()))
+    lines = [
+        f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too.\n",
+        "<details><summary>The numbers</summary>",
+    ]
+    for direction in DIRECTIONS:
+        if results.contenders(direction):
+            head = f"{tables.SHAPE}: TFLOP/s, {TITLES[direction].lower()}"
+            lines += ["", tables.speeds(results, direction, head=head), "", tables.times(results, direction)]
+    return [*lines, "\n</details>"]
 
 
 def decode_section(results: Results) -> list[str]:
     steps, chunks = ([name for name, cell in results.cells.items() if (cell.T == 1) == one] for one in (True, False))
-    mean = mean_sentence(results, "fwd", "Decode")
-    parts = [
-        f"{mean or 'No cell has both our time and cuDNN in it'}.\n",
+    lines = [
         (
-            "One new token for each of B rows, on S valid keys; \"128 to 8192\" are lengths of the rows' own, log-uniform. bfloat16. GB/s counts the valid keys "
+            'One new token for each of B rows, on S valid keys; "128 to 8192" are lengths of the rows\' own, log-uniform. bfloat16. GB/s counts the valid keys '
             "and values once. In brackets: speed as a fraction of cuDNN's. The lengths are arrays, not constants, and every contender gets them.\n"
         ),
-        board_table(results, "fwd", "gbps", steps, "B x S, N/K, H: GB/s"),
-    ]  # fmt: skip
+        tables.speeds(results, "fwd", "gbps", steps, "B x S, N/K, H: GB/s"),
+    ]
     if chunks:
-        parts += [
+        lines += [
             "\nA chunk of a prompt on what is cached. cuDNN, XLA and tokamax get the mask explicitly: their causal masks start at the first key.\n",
-            board_table(results, "fwd", "tflops", chunks, "B x T on cached keys, N/K, H: TFLOP/s"),
+            tables.speeds(results, "fwd", "tflops", chunks, "B x T on cached keys, N/K, H: TFLOP/s"),
         ]
-    parts += ["\nKernel time in µs, and what the default `split_size` adds to that of `split_size=None`:\n", decode_times(results)]
-    parts += [dispatch_sentence(results), "![GB/s of every contender, by batch x context](images/decode_bandwidth.png)\n"]
-    parts += [
+    return [
+        *lines,
+        "",
+        tables.times(results, "fwd"),
         (
-            "Errors against float64 (the first and last key/value head of the first, last, shortest and longest row), as fractions of the gate; in brackets the "
-            "largest difference from our output anywhere:\n"
+            "\nErrors against float64 (the first and last key/value head of the first, last, shortest and longest row), as fractions of the gate; in brackets "
+            "the largest difference from our output anywhere:\n"
         ),
-        numerics_table(results),
-    ]  # fmt: skip
-    return [*parts, "", notes] if (notes := declined_list(results)) else parts
-
-
-def decode_times(results: Results) -> str:
-    names = [name for name in (OURS, NO_SPLIT, BASELINE) if name in results.contenders("fwd")]
-    rows = []
-    for name, cell in results.cells.items():
-        found = [results.ok(name, "fwd", contender) for contender in names]
-        times = [f"{r['time_us']['median']:.1f}" if r else ABSENT for r in found]
-        rows.append([f"{name}: {cell}", f"{cell.kv_bytes / 1e6:,.1f}", *times, split_cost(results, name, "fwd")])
-    return table(["B x S, N/K, H", "valid keys and values, MB", *(PEERS[name].label for name in names), "default against None"], rows)
+        tables.errors(results),
+    ]
 
 
 def loops_section(results: Results) -> list[str]:
-    rows = []
-    for name, cell in results.cells.items():
-        for form, what in cell.forms.items():
-            record = results.times[name, "fwd"].get(form)
-            if record is None or record["status"] != "ok":
-                rows.append([f"{name}: {what}", *([f"{record['status']}: {record['reason']}"] if record else [ABSENT]), *[""] * 6])
-                continue
-            copied = ", ".join(f"{count} {opcode}" for opcode, count in record["copies"].items()) or "none"
-            rows.append([
-                f"{name}: {what}", number(record["time_us"]["median"]), number(record["turn_us"], 1),
-                f"{1 / record['ratio']:.3f}" if record["ratio"] else ABSENT, number(record["wall_us"]),
-                f"{mib(record['temp_bytes'])} ({record['temp_bytes'] / record['cache_bytes']:.2%})", copied,
-                f"{record['max_diff']['out']:.1g}" if record.get("max_diff") else ABSENT,
-            ])  # fmt: skip
-    cell = next(iter(results.cells.values()))
-    head = [
-        "B x S, N/K, H: " + ", ".join(dict.fromkeys(map(str, results.cells.values()))), "kernel time, µs", "per layer or step",
-        "time, unrolled = 1", "from Python, µs", "temporary MiB (of the cache)", "copies", "difference from unrolled",
-    ]  # fmt: skip
     return [
         (
-            f"`attention_with_kv_cache` under `jit` with the cache donated, one token per row and turn, {cell.dtype}; the last turn fills the cache. \"Copies\" are "
-            "the instructions in the optimized HLO that make an array as large as the keys of one layer, wherever they stand; kernel time holds no memcpy, so "
-            "they are counted instead. \"From Python\": until the result is there.\n"
+            "`attention_with_kv_cache` under `jit` with the cache donated, one token per row and turn, bfloat16; the last turn fills the cache. "
+            '"Copies" are the instructions in the optimized HLO that make an array as large as the keys of one layer, wherever they stand; kernel time holds '
+            'no memcpy, so they are counted instead. "From Python": until the result is there.\n'
         ),
-        table(head, rows),
-    ]  # fmt: skip
+        tables.loops(results),
+    ]
 
 
 def latency_section(results: Results) -> list[str]:
-    names = results.contenders("fwd")
+    def quotient(cell, name):
+        causal, full = (results.time_us(c, "fwd", name) for c in (cell.name, f"full-{cell.T}"))
+        return f"{causal / full:.2f}" if causal and full else None
 
-    def us(cell, contender):
-        record = results.ok(cell, "fwd", contender)
-        return record["time_us"]["median"] if record else None
+    def per_head(cell, name):
+        us = results.time_us(cell.name, "fwd", name)
+        return f"{us / (cell.B * cell.N):.3f}" if us else None
 
-    pairs, heads = [], []
-    for name, cell in results.cells.items():
-        if cell.is_causal:
-            row = [f"{cell.T}"]
-            for contender in names:
-                times = us(name, contender), us(f"full-{cell.T}", contender)
-                row.append(f"{times[0] / times[1]:.2f} ({times[0]:.1f} / {times[1]:.1f})" if all(times) else ABSENT)
-            pairs.append(row)
-        elif cell.N == cell.K:
-            times = [us(name, contender) for contender in names]
-            heads.append([cell.N, *(f"{t / (cell.B * cell.N):.3f} ({t:.1f})" if t else ABSENT for t in times)])
-    labels = [PEERS[name].label for name in names]
-    parts = []
-    grouped, equal = (next((c for c in results.cells.values() if (c.N == c.K) == same), None) for same in (False, True))
-    if pairs:
-        parts += [
-            f"Causal over full: the quotient of the times (and both, in µs). B = {grouped.B}, N/K = {grouped.N}/{grouped.K}, H = {grouped.H}, {grouped.dtype}.\n",
-            table(["T", *labels], pairs),
-        ]
-    if heads:
-        parts += [
-            f"\nµs per head, that is time / (B·N) (and the time). B = {equal.B}, T = {equal.T}, H = {equal.H}, full, {equal.dtype}.\n",
-            table(["N = K", *labels], heads),
-        ]
-    return [*parts, "", notes] if (notes := declined_list(results)) else parts
+    lines = []
+    if pairs := {cell.T: cell for cell in results.cells.values() if cell.is_causal}:
+        sizes = "B = {0.B}, N/K = {0.N}/{0.K}, H = {0.H}, {0.dtype}".format(next(iter(pairs.values())))
+        lines += [f"Causal over full: the quotient of the times. {sizes}.\n", tables.latency(results, pairs, "T", quotient)]
+    if equal := {cell.N: cell for cell in results.cells.values() if not cell.is_causal and cell.N == cell.K}:
+        sizes = "B = {0.B}, T = {0.T}, H = {0.H}, full, {0.dtype}".format(next(iter(equal.values())))
+        lines += [f"\nµs per head, that is time / (B·N). {sizes}.\n", tables.latency(results, equal, "N = K", per_head)]
+    return [*lines, "", tables.times(results, "fwd")]
+
+
+def memory_section(results: Results) -> list[str]:
+    cell = Cell(**next(iter(next(iter(results.memory.values())).values()))["cell"])
+    return [
+        f"Temporary MiB of one call, from XLA's own accounting: B = {cell.B}, N/K = {cell.N}/{cell.K}, H = {cell.H}, {cell.dtype}, causal.\n",
+        tables.memory(results),
+    ]
+
+
+SECTIONS = {
+    "prefill": prefill_section,
+    "lengths": lengths_section,
+    "decode": decode_section,
+    "loops": loops_section,
+    "latency": latency_section,
+}
 
 
 def performance(boards: dict[str, Results]) -> str:
+    lines = ["# Performance\n\n<!-- Rendered by python -m benchmarks.report from benchmarks/results/. Do not edit. -->\n"]
+    measured = [results for results in boards.values() if results.runs]
+    if not measured:
+        lines += ["Nothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."]
+    else:
+        described = measured[0].runs.keys()
+        lines += [provenance(measured[0]) + "\n", *head_section(boards)]
+    for results in measured:
+        if results.cells:
+            lines.append(f"\n## {results.board.capitalize()}\n")
+            if results.runs.keys() != described:  # how they came about, where that has not just been said
+                lines.append(provenance(results) + "\n")
+            described = results.runs.keys()
+            lines += pictures.links(boards, results.board) + SECTIONS[results.board](results) + declined(results)
+    if boards["prefill"].memory:
+        lines += ["\n## Memory\n", *pictures.links(boards, "memory"), *memory_section(boards["prefill"])]
+    return "\n".join(lines) + "\n"
+
+
+def readme_section(boards: dict[str, Results]) -> str:
     prefill = boards["prefill"]
-    head = "# Performance\n\n<!-- Rendered by python -m benchmarks.report from benchmarks/results/. Do not edit. -->\n"
-    if not any(results.runs for results in boards.values()):
-        return head + "\nNothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`.\n"
-    parts, described = [head, provenance(prefill)] if prefill.runs else [head], prefill.runs.keys()
-    parts += prefill_sections(prefill)
-    for board, section in (("decode", decode_section), ("loops", loops_section), ("latency", latency_section)):
-        results = boards[board]
-        if not results.cells:
-            continue
-        parts.append(f"\n## {board.capitalize()}\n")
-        if results.runs.keys() != described:  # how they came about, where that has not just been said
-            parts.append(provenance(results) + "\n")
-        described = results.runs.keys()
-        parts += section(results)
-    parts += errors_section(prefill) + memory_section(prefill)
-    if prefill.cells and (notes := declined_list(prefill)):
-        parts += ["\n## Declined, failed, and run another way\n", notes]
-    return "\n".join(parts) + "\n"
-
-
-def readme_section(results: Results, decode: Results) -> str:
-    if not results.cells:
+    if not prefill.cells:
         return "Nothing has been measured yet.\n"
-    run = results.runs[max(results.runs)]
-    rows = []
-    for name, cell in results.cells.items():
-        row = [f"{name}: {cell}"]
-        for direction in DIRECTIONS:
-            ours = results.ok(name, direction, OURS)
-            theirs = [r for r in (results.ok(name, direction, peer) for peer in TRITON_PEERS) if r]
-            row += [
-                f"{number(ours['tflops'])}" if ours else ABSENT,
-                f"{ours['ratio']:.2f}" if ours and ours["ratio"] else ABSENT,
-                f"{ours['tflops'] / max(r['tflops'] for r in theirs):.2f}" if ours and theirs else ABSENT,
-            ]
-        rows.append(row)
-    head = [
-        "B x T, N/K, H",
-        "forward, TFLOP/s",
-        "of cuDNN",
-        "of the best other Triton",
-        "with backward, TFLOP/s",
-        "of cuDNN",
-        "of the best other Triton",
-    ]
-    return (
-        f"{run['device']}, jax {run['versions']['jax']}, {run['date']}, bfloat16, default `split_size`; speed as a fraction, above 1 is faster:\n\n"
-        f"{table(head, rows)}\n\n{summary(results)}{decode_bullet(decode)}\n\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n"
-    )
-
-
-def decode_bullet(decode: Results) -> str:
-    if not decode.cells:
-        return ""
-    fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
-    return f"\n- {mean_sentence(decode, 'fwd', 'Decode')}; up to {number(fastest)} GB/s of valid keys and values."
+    run = prefill.runs[max(prefill.runs)]
+    return "\n".join([
+        f"{run['device']}, jax {run['versions']['jax']}, {run['date']}, bfloat16, default `split_size`; speed as a fraction, above 1 is faster:\n",
+        tables.readme(prefill, TRITON_PEERS), "", *summary(prefill, boards["decode"]), *changes_in_short(boards),
+        "\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n",
+    ])  # fmt: skip
 
 
 # Files
@@ -499,9 +321,7 @@ def texts(boards: dict[str, Results], root: pathlib.Path) -> dict[pathlib.Path, 
         text, (start, end) = readme.read_text(), MARKERS
         if start not in text or end not in text:
             sys.exit(f"{readme} has no section between {start} and {end}")
-        rendered[readme] = re.sub(
-            f"{start}.*?{end}", lambda _: f"{start}\n{readme_section(boards['prefill'], boards['decode'])}{end}", text, flags=re.S
-        )
+        rendered[readme] = re.sub(f"{start}.*?{end}", lambda _: f"{start}\n{readme_section(boards)}{end}", text, flags=re.S)
     return rendered
 
 
@@ -513,8 +333,7 @@ def main(argv=None) -> int:
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="where docs/ and README.md are")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
     args = parser.parse_args(argv)
-    files = args.results or sorted(ROOT.glob("benchmarks/results/*.jsonl"))
-    boards = {board: Results.load(files, quick=bool(args.results), board=board) for board in BOARDS}
+    boards = records.load(args.results or sorted(ROOT.glob("benchmarks/results/*.jsonl")), quick=bool(args.results))
     rendered, drawn = texts(boards, args.root), pictures.of(boards, args.root / "docs/images")
     if args.check:
         stale = [file for file, text in rendered.items() if not file.exists() or file.read_text() != text]
@@ -527,7 +346,7 @@ def main(argv=None) -> int:
         file.write_text(text)
     for file, draw in drawn.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw().savefig(file, dpi=130)
+        draw().savefig(file, dpi=pictures.DPI)
     print("wrote " + ", ".join(str(file) for file in (*rendered, *drawn)))
     return 0
 

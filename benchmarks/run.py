@@ -1,6 +1,6 @@
 """Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
 
-    python -m benchmarks.run --board prefill decode loops latency --memory --out benchmarks/results/NAME.jsonl
+    python -m benchmarks.run --board prefill lengths decode loops latency --memory --out benchmarks/results/NAME.jsonl
     python -m benchmarks.run --board decode --cells D1,D5 --peers flashcore,cudnn --out x.jsonl
     python -m benchmarks.run --quick --memory --out x.jsonl          # tiny cells, also on a CPU
 
@@ -300,7 +300,7 @@ def parse(argv):
     parser.add_argument("--cells", type=names, help="only these, as in P1,D5")
     parser.add_argument("--peers", type=names, help=f"of {', '.join(peers.PEERS)}")
     parser.add_argument(
-        "--directions", type=names, default=list(workloads.DIRECTIONS), help="of the board prefill: fwd, fwd+bwd or both (default)"
+        "--directions", type=names, default=list(workloads.DIRECTIONS), help="of prefill and lengths: fwd, fwd+bwd or both (default)"
     )
     parser.add_argument("--rounds", type=int, help="timed calls per contender (default 20)")
     parser.add_argument(

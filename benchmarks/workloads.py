@@ -157,6 +157,16 @@ DECODE = (
     Cell("D12", 1, 1, 32, 8, 128, S=8192),
     Cell("C1", 8, 512, 32, 8, 128, S=8192),
 )
+# Speed against T, for each head dim: B·T = 16384 and N·H = 2048, as in P1, P2, P3, P5 and P6, whose cells complete these.
+LENGTHS = (
+    Cell("H64-512", 32, 512, 32, 32, 64),
+    Cell("H64-1024", 16, 1024, 32, 32, 64),
+    Cell("H64-16384", 1, 16384, 32, 32, 64),
+    Cell("H128-512", 32, 512, 16, 16, 128),
+    Cell("H256-512", 32, 512, 8, 8, 256),
+    Cell("H256-1024", 16, 1024, 8, 8, 256),
+    Cell("H256-16384", 1, 16384, 8, 8, 256),
+)
 LOOPS = (Loop("L1", 8, 8192, 32, 8, 128, layers=16), Loop("L2", 8, 8192, 32, 8, 128, steps=64))
 
 
@@ -170,13 +180,14 @@ def _latency(lengths, heads, dtype="float16", **sizes) -> tuple[Cell, ...]:
 
 
 LATENCY = _latency((512, 2048), (8, 16, 32, 64, 96, 128), B=16, N=32, K=8, H=64)
-BOARDS = {"prefill": PREFILL, "decode": DECODE, "loops": LOOPS, "latency": LATENCY}
+BOARDS = {"prefill": PREFILL, "lengths": LENGTHS, "decode": DECODE, "loops": LOOPS, "latency": LATENCY}
 # The cells of a board's geometric mean. Chunked prefill is no decode.
 SUMMARIES = {"prefill": tuple(f"P{i}" for i in range(1, 9)), "decode": tuple(f"D{i}" for i in range(1, 13))}
 
 # The same kinds of cell, small enough for a CPU and Pallas's interpret mode.
 QUICK_BOARDS = {
     "prefill": (Cell("P1", 2, 64, 2, 2, 32), Cell("P2", 1, 128, 2, 1, 32, window=48)),
+    "lengths": (Cell("H16-64", 2, 64, 4, 4, 16), Cell("H32-128", 1, 128, 2, 2, 32)),
     "decode": (Cell("D5", 4, 1, 4, 2, 32, S=256, shortest=4), Cell("C1", 2, 32, 2, 1, 32, S=128)),
     "loops": (Loop("L1", 2, 128, 4, 2, 32, layers=2), Loop("L2", 2, 128, 4, 2, 32, steps=3)),
     "latency": _latency((64,), (2,), "bfloat16", B=1, N=2, K=1, H=32),
@@ -188,7 +199,7 @@ QUICK_MEMORY = tuple(Cell(f"M{t}", 1, t, 2, 1, 32) for t in (64, 128))
 
 
 def directions(board: str) -> tuple[str, ...]:
-    return DIRECTIONS if board == "prefill" else DIRECTIONS[:1]
+    return DIRECTIONS if board in ("prefill", "lengths") else DIRECTIONS[:1]
 
 
 def cell_of(board: str, facts: dict) -> Cell | Loop:

@@ -19,6 +19,7 @@ import numpy as np
 
 import flashcore_jax
 from flashcore_jax.testing import Results, Workload, errors, errors_of, inputs, oracle
+from flashcore_jax.tuning.rows import origin as tile_origin
 
 BASE = Workload("bfloat16, causal", B=2, T=512, S=512, N=4, K=4, H=128, Hv=128, dtype="bfloat16", is_causal=True)
 
@@ -74,6 +75,7 @@ def environment() -> None:
         print(f"driver       {cuda_driver()}; {' '.join(devices[0].client.platform_version.split())}")
     versions = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     print(f"versions     flashcore_jax {flashcore_jax.__version__}, {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    print(f"tiles        {tile_origin()}")
 
 
 def choices(kinds) -> None:

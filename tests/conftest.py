@@ -4,10 +4,13 @@ import os
 
 # Four devices on a CPU, for shard_map; on a GPU, no search for the fastest matrix product in every test.
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 --xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
+os.environ["FLASHCORE_TILES"] = ""  # the shipped tiles, whatever the developer has tuned
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest-xdist's workers share the GPU
 
 import jax
 import pytest
+
+pytest.register_assert_rewrite("cache_helpers", "derivatives")
 
 IMPLEMENTATIONS = ("xla", "triton")
 EXPECTED_WARNINGS = (

@@ -1,17 +1,15 @@
 """The benchmarks on a CPU: tiny cells run to the end, what they check is checked, and the report renders from what they wrote."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot, exact, hlo, loops, peers, report, run, timing, workloads
+from benchmarks import exact, peers, report, run, timing, workloads
 from benchmarks.workloads import Cell, Loop
 from flashcore_jax import testing
 
@@ -56,7 +54,7 @@ def test_every_contender_has_one_record_per_cell_and_direction(records, board):
     assert sorted(found) == sorted(expected)
 
 
-@pytest.mark.parametrize("board", ["prefill", "decode", "latency"])
+@pytest.mark.parametrize("board", [board for board in BOARDS if board != "loops"])
 def test_records_say_what_was_found(records, board):
     for r in timed(records, board):
         if r["contender"] == "cudnn":
@@ -64,7 +62,8 @@ def test_records_say_what_was_found(records, board):
             continue
         assert r["status"] == "ok", r
         assert set(r["errors"]) == ({"out"} if r["direction"] == "fwd" else {"out", "dq", "dk", "dv"})
-        assert max(r["errors"].values()) < 1.2  # the root mean square of these few numbers is a sample
+        assert r["errors"]["out"] <= 1  # the gate, which bounds every entry
+        assert max(r["errors"].values()) < 1.2  # the gradients' is a root mean square, of which these few numbers are a sample
         assert r["samples"] >= 2
         assert r["time_us"]["min"] <= r["time_us"]["median"]
 
@@ -108,103 +107,23 @@ def test_report_renders_and_knows_when_it_is_stale(results_file, tmp_path):
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
     text = (tmp_path / "docs/performance.md").read_text()
-    assert all(f"## {title}\n" in text for title in ("Forward + backward", "Decode", "Loops", "Latency"))
+    assert all(f"## {title}\n" in text for title in ("Prefill", "Forward + backward", "Lengths", "Decode", "Loops", "Latency"))
     assert text.count("Wall time of one call") == 1  # of the one run, once
     assert "needs an NVIDIA GPU" in text
     pictures = {file.name for file in (tmp_path / "docs/images").iterdir()}
-    assert pictures == {"prefill_tflops.png", "prefill_fraction.png", "memory.png", "decode_bandwidth.png"}
+    assert pictures == {f"{name}.png" for name in ("who_wins", "prefill", "lengths", "time", "decode", "memory")}
     assert readme.read_text().startswith("before\n")
     assert "old" not in readme.read_text()
     readme.write_text(readme.read_text().replace("flashcore", "flashcore!").replace("TFLOP/s", "GFLOP/s"))
     assert report.main([*arguments, "--check"]) == 1
 
 
-def test_report_without_results(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
-    assert report.main(["--results", str(tmp_path / "empty.jsonl"), "--root", str(tmp_path)]) == 0
-    assert "Nothing has been measured yet" in (tmp_path / "docs/performance.md").read_text()
-
-
-def test_the_newest_run_with_the_baseline_is_shown(tmp_path):
-    def line(run, contender, ratio):
-        return {
-            "run": run,
-            "kind": "time",
-            "cell": dataclasses.asdict(QUICK[0]),
-            "direction": "fwd",
-            "contender": contender,
-            "status": "ok",
-            "ratio": ratio,
-        }
-
-    old, new, partial = ({"run": f"2026-01-0{i}", "kind": "run", "quick": False, "device": "a GPU"} for i in (1, 2, 3))
-    lines = [new, line("2026-01-02", "cudnn", 1.0), line("2026-01-02", "flashcore", 0.8), old, line("2026-01-01", "cudnn", 1.0)]
-    lines += [line("2026-01-01", "flashcore", 0.5), partial, line("2026-01-03", "flashcore", None)]
-    file = tmp_path / "runs.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)))
-    results = report.Results.load([file], quick=False)
-    assert results.ratios("fwd", "flashcore") == {"P1": 0.8}
-    assert list(results.runs) == ["2026-01-02"]
-
-
-def made_up(run_id, board, device="NVIDIA H200"):
-    """A result file's lines of one board as a GPU would give them: 100 µs for the baseline, a fifth less for the rest."""
-    yield {"run": run_id, "kind": "run", "date": run_id, "quick": False, "commit": "", "device": device, "versions": {"jax": "0"}}
-    yield {"run": run_id, "kind": "ceiling", "name": "read", "value": 4500.0, "unit": "GB/s", "what": "sum", "clock": "cupti"}
-    for cell in workloads.BOARDS[board]:
-        names = cell.forms if board == "loops" else ("flashcore", "flashcore_nosplit", "cudnn")
-        for name in names:
-            us = 100.0 if name in ("cudnn", "unrolled") else 80.0
-            record = {
-                "run": run_id, "board": board, "kind": "time", "cell": dataclasses.asdict(cell), "direction": "fwd", "contender": name,
-                "status": "ok", "clock": "cupti", "samples": 20, "time_us": {"median": us, "min": us, "spread": 0.01}, "wall_us": us + 60,
-                "ratio": 100 / us, "max_diff": {"out": 0.0}, "errors": {"out": 0.5},
-            }  # fmt: skip
-            if board == "loops":
-                found = {"turn_us": us / cell.turns, "temp_bytes": 2**20, "alias_bytes": 0, "cache_bytes": cell.cache_bytes}
-                copied = {"copy": 3} if name == "unrolled" else {}
-                yield record | found | {"copies": copied}
-            else:
-                yield record | {"tflops": 300.0, "gbps": cell.kv_bytes / us / 1e3}
-
-
-def render(tmp_path, *runs):
-    files = []
-    for i, lines in enumerate(runs):
-        files.append(tmp_path / f"{i}.jsonl")
-        files[-1].write_text("\n".join(map(json.dumps, lines)))
-    boards = {board: report.Results.load(files, quick=False, board=board) for board in BOARDS}
-    return report.performance(boards)
-
-
-def test_decode_is_rendered(tmp_path):
-    text = render(tmp_path, made_up("2026-01-01", "decode"))
-    assert "Decode: 1.25 of cuDNN's speed (geometric mean over D1 to D12; 1.25 in D1 to 1.25 in D1), 1.25 with `split_size=None`." in text
-    cell = workloads.DECODE[0]
-    assert f"| D1: 64 x 8192, 32/8, 128 | {cell.kv_bytes / 80e3:.0f} (1.25) | {cell.kv_bytes / 80e3:.0f} (1.25) |" in text
-    assert "| D1: 64 x 8192, 32/8, 128 | 2,147.5 | 80.0 | 80.0 | 100.0 | +0.0% |" in text
-    assert "| D5: 64 x 128 to 8192, 32/8, 128 |" in text
-    assert "| C1: 8 x 512 on 7680, 32/8, 128 | 300 (1.25) |" in text
-    assert "takes 60 µs more" in text
-    assert "## Forward" not in text
-
-
-def test_loops_and_latency_are_rendered(tmp_path):
-    text = render(tmp_path, made_up("2026-01-01", "loops"), made_up("2026-01-02", "latency"))
-    assert "| L1: one scan over a stack of 16 layers | 80 | 5.0 | 0.800 | 140 | 1.0 (0.02%) | none | 0 |" in text
-    assert "| L2: 64 calls of one step | 100 | 1.6 | 1.000 | 160 | 1.0 (0.39%) | 3 copy | 0 |" in text
-    assert "| 2048 | 1.00 (80.0 / 80.0) | 1.00 (80.0 / 80.0) | 1.00 (100.0 / 100.0) |" in text
-    assert "| 96 | 0.052 (80.0) | 0.052 (80.0) | 0.065 (100.0) |" in text
-
-
-def test_a_board_that_the_newest_run_lacks_keeps_its_rows_and_says_their_date(tmp_path):
-    runs = made_up("2026-01-01", "decode"), made_up("2026-01-02", "loops"), made_up("2026-01-03", "loops")
-    text = render(tmp_path, *runs)
-    decode, loop = text.split("## Loops")
-    assert "NVIDIA H200, 2026-01-01;" in decode
-    assert "NVIDIA H200, 2026-01-03;" in loop
-    assert "2026-01-02" not in text
-    assert "## Decode" not in render(tmp_path, made_up("2026-01-01", "decode"), made_up("2026-01-02", "loops", device="another"))
+def assert_same_in_float64(got, expected, cell):
+    """Equal but for the order of float64 sums. An entry sums S products, and behind each stand two sums of H (a logit, a dp), so
+    either side is off by at most (S + 2 H) roundoffs of the sum's magnitude, for which the largest entry stands. Seen: 14
+    roundoffs; a key too many costs 1/S of an entry, ten decades more."""
+    limit = 2 * (cell.keys + 2 * cell.H) * 2.0**-53 * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("cell", [*QUICK, Cell("full", 1, 96, 4, 2, 16, is_causal=False)], ids=lambda cell: cell.name)
@@ -220,7 +139,7 @@ def test_exact_agrees_with_the_oracle(cell):
         truth.dquery[-1, :, -G:], truth.dkey[-1, :, -1], truth.dvalue[-1, :, -1],
     )  # fmt: skip
     for x, y in zip(got, expected, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+        assert_same_in_float64(x, y, cell)
 
 
 CACHED = [*workloads.QUICK_BOARDS["decode"], Cell("ragged chunk", 3, 5, 4, 2, 16, S=40, shortest=5)]
@@ -235,8 +154,8 @@ def test_exact_on_a_cache_agrees_with_the_oracle(cell):
     assert {row for row, _ in found} >= {0, cell.lengths.argmin(), cell.lengths.argmax(), cell.B - 1}
     for (row, head), (out, weight) in found.items():
         at = row, slice(None), slice(head * G, (head + 1) * G)
-        np.testing.assert_allclose(out, oracle.exact.out[at], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(weight, oracle.bound.out[at] / testing.UNIT_ROUNDOFF[cell.dtype], rtol=1e-9)
+        assert_same_in_float64(out, oracle.exact.out[at], cell)
+        assert_same_in_float64(weight, oracle.bound.out[at] / testing.UNIT_ROUNDOFF[cell.dtype], cell)
 
 
 @pytest.mark.parametrize("cell", CACHED, ids=lambda cell: cell.name)
@@ -246,7 +165,7 @@ def test_contenders_on_a_cache_mean_the_same(cell):
     truth = exact.cached(cell, *arrays[:3])
     for name in ("flashcore_xla", "xla"):
         out = jax.jit(peers.PEERS[name].program(cell, "fwd"))(*arrays)
-        assert exact.errors(cell, (out,), truth)["out"] <= 1.2, name
+        assert exact.errors(cell, (out,), truth)["out"] <= 1, name
     wrong = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True))(*arrays[:3])  # the first query on the first key
     assert not exact.errors(cell, (wrong,), truth)["out"] <= exact.WRONG
     nan = exact.errors(cell, (out.at[0, 0, 0, 0].set(jnp.nan),), truth)["out"]
@@ -298,89 +217,3 @@ def test_bytes_and_pairs_of_a_cache():
     assert (ragged.name, ragged.lengths.min(), ragged.lengths.max(), ragged.lengths.sum()) == ("D5", 129, 8097, 121907)
     assert ragged.kv_bytes == 121907 * 4096
     assert ragged.flops("fwd") == pytest.approx(4 * 121907 * 32 * 128)
-
-
-HLO = """
-HloModule jit_f
-
-%fused_update (param_0: f32[4,64], param_1: f32[64]) -> f32[4,64] {
-  %param_0 = f32[4,64]{1,0} parameter(0)
-  %param_1 = f32[64]{0} parameter(1)
-  ROOT %update = f32[4,64]{1,0} dynamic-update-slice(%param_0, %param_1)
-}
-
-%fused_slice (param_0.1: f32[4,64]) -> f32[64] {
-  %param_0.1 = f32[4,64]{1,0} parameter(0)
-  ROOT %slice = f32[64]{0} dynamic-slice(%param_0.1), dynamic_slice_sizes={1,64}
-}
-
-%fused_sum (param_0.2: f32[4,64]) -> f32[] {
-  %param_0.2 = f32[4,64]{1,0} parameter(0)
-  %twice = f32[4,64]{1,0} add(%param_0.2, %param_0.2)
-  ROOT %sum = f32[] reduce(%twice)
-}
-
-%body (state: (s32[], f32[4,64])) -> (s32[], f32[4,64]) {
-  %state = (s32[], f32[4,64]{1,0}) parameter(0)
-  %cache = f32[4,64]{1,0} get-tuple-element(%state), index=1
-  %appended = (f32[4,64]{1,0}, /*index=1*/f32[4,64]{1,0}) custom-call(%cache, %cache), output_to_operand_aliasing={{0}: (0, {})}
-  %layer = f32[64]{0} fusion(%cache), kind=kLoop, calls=%fused_slice, metadata={op_name="a(b)/c = d"}
-  %layer-start = ((f32[4,64]{1,0}), f32[64]{0}, u32[]) fusion-start(%cache), kind=kLoop, calls=%fused_slice
-  %layer-done = f32[64]{0} fusion-done(%layer-start)
-  %updated = f32[4,64]{1,0} fusion(%cache, %layer), kind=kLoop, calls=%fused_update
-  %total = f32[] fusion(%updated), kind=kInput, calls=%fused_sum
-  ROOT %next = (s32[], f32[4,64]{1,0}) tuple(%total, %updated)
-}
-
-ENTRY %main (cache.1: f32[4,64]) -> f32[4,64] {
-  %cache.1 = f32[4,64]{1,0} parameter(0)
-  %copy-start = (f32[4,64]{1,0}, f32[4,64]{1,0}, u32[]) copy-start(%cache.1)
-  %copy-done = f32[4,64]{1,0} copy-done(%copy-start)
-  %small = f32[8]{0} copy(%cache.1)
-  %start = (s32[], f32[4,64]{1,0}) tuple(%small, %copy-done)
-  %while = (s32[], f32[4,64]{1,0}) while(%start), condition=%condition, body=%body
-  ROOT %result = f32[4,64]{1,0} get-tuple-element(%while), index=1
-}
-"""
-
-
-def test_copies_are_counted_and_updates_in_place_are_not():
-    assert hlo.copies(HLO, 64) == {"fusion": 2, "copy": 1}  # a layer taken out, twice, and the whole cache
-    assert hlo.copies(HLO, 4 * 64) == {"copy": 1}
-    assert hlo.copies(HLO, 4 * 64 + 1) == {}
-
-
-def copies_of(f, donate):
-    x, row = jnp.zeros((16, 64, 64)), jnp.ones((64, 64))
-    return hlo.copies(jax.jit(f, donate_argnums=donate).lower(x, row, 3).compile().as_text(), row.size)
-
-
-def test_copies_of_a_compiled_program():
-    def update(x, row, i):
-        return jax.lax.fori_loop(0, i, lambda at, x: jax.lax.dynamic_update_index_in_dim(x, row, at, 0), x)
-
-    assert copies_of(update, donate=0) == {}
-    assert sum(copies_of(update, donate=()).values()) == 1
-    assert sum(copies_of(lambda x, row, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False) * 2, donate=()).values()) == 1
-
-
-def copies_of_the_boards_loops():
-    """{cell: (the copies of its scan's program for an H200, the temporary bytes)}."""
-    found = {}
-    for cell in workloads.LOOPS:
-        form = loops.forms(cell)["scan"]
-        inputs = jax.eval_shape(lambda cell=cell, form=form: form.inputs(cell, *loops.inputs_of(cell, jax.random.key(0))))
-        program = aot.compile_for(functools.partial(form.program, cell), *inputs, gpu="NVIDIA H200", donate_argnums=1)
-        found[cell] = hlo.copies(program.as_text(), cell.layer_elements), program.memory_analysis().temp_size_in_bytes
-    return found
-
-
-@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
-def test_the_boards_loops_copy_nothing():
-    # In a process of its own, as in test_aot.py.
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
-        found = pool.submit(copies_of_the_boards_loops).result()
-    assert len(found) == 2
-    for cell, (copied, temporary) in found.items():
-        assert copied == {}
-        assert temporary < cell.cache_bytes / 100

@@ -2,13 +2,21 @@
 
 import dataclasses
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
+from flashcore_jax.errors import OptionError
 from flashcore_jax.problem import SPLIT_UNIT, problem_of
-from flashcore_jax.tuning.gpus import gpu_of, target_gpu
-from flashcore_jax.tuning.tiles import tiles_for
+from flashcore_jax.tuning import rows
+from flashcore_jax.tuning.candidates import candidates
+from flashcore_jax.tuning.gpus import Gpu, gpu_of, target_gpu
+from flashcore_jax.tuning.rows import KERNELS
+from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
 GPUS = ["NVIDIA A100", "NVIDIA L4", "NVIDIA H100", "NVIDIA H200", "NVIDIA B200", "NVIDIA of tomorrow"]
 HEAD_DIMS = [8, 40, 64, 80, 128, 160, 192, 256]
@@ -60,3 +68,127 @@ def test_the_gpu_in_sight_is_that_of_the_abstract_mesh():
     assert gpu_of("NVIDIA H200").capability == (9, 0)
     assert gpu_of("NVIDIA H100 80GB HBM3").kind == "NVIDIA H100"
     assert gpu_of("NVIDIA RTX 6000", "8.9").capability == (8, 9)
+
+
+# --- the user's rows
+
+H200 = gpu_of("NVIDIA H200")
+
+
+def row(kernel="dq", gpu="NVIDIA H200", bits=16, head_dim=128, block_k=64, **fields):
+    sizes = {"block_q": 64, "block_k": block_k, "num_warps": 4, "num_stages": 1}
+    return {"gpu": gpu, "bits": bits, "head_dim": head_dim, "kernel": kernel} | sizes | {"reason": "the user's"} | fields
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """`user(rows or text)` is what this user's file holds, to a process that has not read it yet."""
+
+    def write(content):
+        file = tmp_path / "tiles.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv("FLASHCORE_TILES", str(file))
+        rows.user_rows.cache_clear()
+        return file
+
+    yield write
+    rows.user_rows.cache_clear()
+
+
+def test_a_users_row_comes_before_the_shipped_one_and_changes_no_other_bucket(user):
+    cases = [(gpu, problem(dtype, H)) for gpu in map(gpu_of, GPUS) for dtype in ("bfloat16", "float32") for H in (64, 128, 256)]
+    before = [tiles_for(*case) for case in cases]
+    user([row(), row("decode", head_dim=256, heads_fastest=False, spills="why"), row(gpu="NVIDIA of tomorrow", capability="8.9")])
+    for (gpu, call), shipped in zip(cases, before, strict=True):
+        tiles = tiles_for(gpu, call)
+        changed = {name for name in KERNELS if getattr(tiles, name) != getattr(shipped, name)}
+        of_16_bits = call.dtype == "bfloat16"
+        expected = {128: {"dq"}, 256: {"decode"}}.get(call.H, set()) if gpu.capability == (9, 0) and of_16_bits else set()
+        expected |= {"dq"} if gpu.capability == (8, 9) and call.H == 128 and of_16_bits else set()
+        assert changed == expected
+        assert all(getattr(tiles, name).reason == "the user's" for name in changed)
+    assert tiles_for(H200, problem("float16", 80)).dq.num_stages == 1
+    assert tiles_for(Gpu("NVIDIA of tomorrow", (8, 9), 101376, 64), problem("float16", 80)).dq.reason == "the user's"
+    assert not tiles_for(H200, problem("bfloat16", 256)).decode.heads_fastest
+    assert rows.origin() == f"the package's, but for 3 of {rows.user_file()}"
+
+
+def test_a_users_file_is_read_once_and_not_at_import(user, monkeypatch):
+    file = user([row(num_stages=3)])
+    assert tiles_for(H200, problem("bfloat16", 128)).dq.num_stages == 3
+    file.write_text("gone wrong")
+    assert tiles_for(H200, problem("bfloat16", 128)).dq.num_stages == 3
+    subprocess.run([sys.executable, "-c", "import flashcore_jax"], check=True, cwd=os.getcwd())
+    monkeypatch.setenv("FLASHCORE_TILES", "")
+    rows.user_rows.cache_clear()
+    assert tiles_for(H200, problem("bfloat16", 128)).dq.reason != "the user's"
+
+
+@pytest.mark.parametrize("kernels", [["forward"], ["closing", "decode"], ["forward", "closing", "decode"]], ids=", ".join)
+def test_one_block_k_for_the_kernels_of_one_key_grid(user, kernels):
+    file = user([row("dq", block_k=32), *(row(kernel, block_k=128) for kernel in kernels)])
+    if len(kernels) == 3:  # another key grid, and a whole one
+        tiles = tiles_for(H200, problem("bfloat16", 128))
+        assert {tiles.forward.block_k, tiles.closing.block_k, tiles.decode.block_k} == {128}
+        return
+    with pytest.raises(OptionError, match="one block_k") as error:
+        tiles_for(H200, problem("bfloat16", 128))
+    assert f"{kernels[0]} 128 ({file}, row 2)" in str(error.value)
+    assert "64 (measured.json, row" in str(error.value)
+    tiles_for(H200, problem("bfloat16", 64))
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("", "JSON"), pytest.param("[" * 100_000, "JSON", id="nested"), ('[{"gpu": "NVIDIA H2', "JSON"), ("{}", "a list"), ("[1]", "row 1"),
+        ([row(), {"gpu": "NVIDIA H200"}], "row 2"), ([row(kernel="backward")], "a kernel of"), ([row(bits=8)], "bits"),
+        ([row(head_dim=80)], "head_dim"), ([row(block_q=48)], "powers of two"), ([row(num_warps=0)], "above 0"), ([row(num_stages="2")], "above 0"),
+        ([row("decode", block_k=256)], "block_k"), ([row(heads_fastest=1)], "heads_fastest"), ([row(reason="")], "a reason"),
+        ([row(block_n=64)], "block_n"), ([row(), row()], "a second one"), ([row(gpu="NVIDIA of tomorrow")], "capability"),
+        ([row(capability="9")], "capability"),
+    ],
+)  # fmt: skip
+def test_a_users_file_that_is_wrong_is_refused_by_name(user, content, names):
+    file = user(content)
+    for _ in range(2):  # the second call too: it does not go on with other tiles
+        with pytest.raises(OptionError, match="FLASHCORE_TILES=") as error:
+            tiles_for(H200, problem("bfloat16", 128))
+        assert str(file) in str(error.value)
+        assert str(error.value) in rows.origin()
+        assert names in str(error.value)
+
+
+def test_where_the_users_file_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("FLASHCORE_TILES", "")
+    assert rows.user_file() is None
+    monkeypatch.delenv("FLASHCORE_TILES")
+    assert rows.user_file() == str(tmp_path / ".cache/flashcore_jax/tiles.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    in_cache = tmp_path / "cache/flashcore_jax/tiles.json"
+    assert rows.user_file() == str(in_cache)
+
+    read = rows.user_rows.__wrapped__
+    assert read() == {}
+    in_cache.mkdir(parents=True)  # there is something, and it cannot be read
+    with pytest.warns(UserWarning, match="the shipped tiles are taken"):
+        assert read() == {}
+    monkeypatch.setenv("FLASHCORE_TILES", str(tmp_path / "not there"))  # named, so it was meant
+    with pytest.raises(OptionError, match="not there"):
+        read()
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_candidates_are_few_and_keep_the_key_grid(gpu, bits):
+    for head_dim, kernel in itertools.product(rows.HEAD_DIMS, KERNELS):
+        tiles = bucket_tiles(gpu_of(gpu), bits, head_dim, {})
+        found = candidates(gpu_of(gpu), bits, head_dim, kernel, tiles.forward.block_k)
+        assert 3 <= len(found) == len(set(found)) <= 50
+        for tile in found:
+            if kernel in rows.ON_THE_KEY_GRID:
+                assert tile.block_k == tiles.forward.block_k
+            held = {"dkdv": 2 * tile.block_q}.get(kernel, 2 * tile.block_k) * tile.num_stages * head_dim * bits // 8
+            assert held <= gpu_of(gpu).shared_memory

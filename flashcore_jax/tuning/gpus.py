@@ -49,6 +49,11 @@ def gpu_of(kind: str, capability: str | None = None) -> Gpu:
     return Gpu(known or kind, (major, minor), _SHARED_MEMORY.get((major, minor), 101376), multiprocessors)
 
 
+def listed_kind(gpu: Gpu) -> str | None:
+    """Its own kind where that is listed here, and so by JAX; else one of the same compute capability, whose code it runs."""
+    return gpu.kind if gpu.kind in _KINDS else next((kind for kind, (listed, _) in _KINDS.items() if listed == gpu.capability), None)
+
+
 def target_gpu() -> Gpu | None:
     """The NVIDIA GPU that a call traced now will run on: the abstract mesh's device, else the default device; else None."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -1,72 +1,47 @@
 """Tiles: how many queries and keys a program holds at a time, and with how many warps. A pure function, with reasons.
 
-Two tiers only: a row measured on the GPU (tuning/measured.json), else a heuristic from the GPU's limits.
+Two tiers only: a row measured on the GPU, else a heuristic from the GPU's limits. Rows that `python -m benchmarks.tune` wrote on
+this machine (`user_file`) come before those of the package (tuning/measured.json).
 
 `block_k` of the forward and decode tiles is part of the numerics: it is one number for a GPU, dtype and head dim, whatever the
 lengths, the batch and the heads are, so that a row has the same bits in every call. The other fields are free.
 """
 
 import dataclasses
-import functools
-import json
-from importlib import resources
 
+from flashcore_jax.errors import OptionError, check
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import Gpu, gpu_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """One kernel's tile. `spills` says why a tile that spills registers is shipped all the same; "" promises none."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    heads_fastest: bool = True
-    reason: str = ""
-    spills: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    forward: Tile
-    closing: Tile  # forward, where partial sums are closed and the total of the earlier ones needs registers too
-    dkdv: Tile
-    dq: Tile
-    decode: Tile  # few queries: the rows of a whole group
-
-
-_KERNELS = [field.name for field in dataclasses.fields(Tiles)]
+from flashcore_jax.tuning.rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, REMEDY, Row, Rows, Tile, Tiles, measured_rows, user_rows
 
 
 def tiles_for(gpu: Gpu | None, problem: Problem) -> Tiles:
-    """The tiles of a call; without a GPU (interpreted) those of an H200."""
+    """The tiles of a call; without a GPU (interpreted) those of an H200. Raises `OptionError` for a user's file that is wrong."""
     gpu = gpu or gpu_of("NVIDIA H200")
-    bucket = _bucket(max(problem.H, problem.Hv))
-    rows = _measured().get((gpu.capability, problem.dtype != "float32", bucket)) or _heuristic(gpu, problem.dtype, bucket)
+    bits = 32 if problem.dtype == "float32" else 16
+    head_dim = next(size for size in HEAD_DIMS if max(problem.H, problem.Hv) <= size)
+    tiles = bucket_tiles(gpu, bits, head_dim, user_rows())
     if problem.band.right is None:
         # Every query tile reads every key: tile after tile of one head finds that head's keys in the L2 (P7: 5 %, closing 2 %).
-        rows = {
-            name: dataclasses.replace(tile, heads_fastest=False) if name in ("forward", "closing") else tile for name, tile in rows.items()
-        }
-    return Tiles(**rows)
+        forward, closing = (dataclasses.replace(tile, heads_fastest=False) for tile in (tiles.forward, tiles.closing))
+        tiles = dataclasses.replace(tiles, forward=forward, closing=closing)
+    return tiles
 
 
-def _bucket(head_dim: int) -> int:
-    return next(size for size in (64, 128, 256) if head_dim <= size)
-
-
-@functools.cache
-def _measured() -> dict:
-    """{(compute capability, 16-bit, head dim bucket): {kernel: Tile}}"""
-    rows = json.loads(resources.files("flashcore_jax.tuning").joinpath("measured.json").read_text())
-    found = {}
-    for row in rows:
-        key = (gpu_of(row.pop("gpu")).capability, row.pop("bits") == 16, row.pop("head_dim"))
-        kernel = row.pop("kernel")
-        found.setdefault(key, {})[kernel] = Tile(**row)
-    return found
+def bucket_tiles(gpu: Gpu, bits: int, head_dim: int, user: Rows) -> Tiles:
+    """The tiles of one bucket: the user's rows before the package's, these before the heuristic."""
+    key = (gpu.capability, bits, head_dim)
+    heuristic = {name: Row(tile, "the heuristic") for name, tile in _heuristic(gpu, bits, head_dim).items()}
+    rows = heuristic | measured_rows().get(key, {}) | user.get(key, {})
+    on_grid = {name: rows[name] for name in ON_THE_KEY_GRID}
+    check([
+        (
+            len({row.tile.block_k for row in on_grid.values()}) == 1, OptionError,
+            f"one block_k for {', '.join(on_grid)} ({gpu.kind}, {bits} bits, head dim {head_dim}): decode has the bits of prefill because of it",
+            ", ".join(f"{name} {row.tile.block_k} ({row.where})" for name, row in on_grid.items()), REMEDY,
+        ),
+    ])  # fmt: skip
+    return Tiles(**{name: row.tile for name, row in rows.items()})
 
 
 # Why a tile that spills is shipped: where two accumulators, or an accumulator and the running total, fill the registers,
@@ -79,13 +54,13 @@ _EVERY_OPTION = "only with lengths, a window and a soft cap together, whose stat
 _SPLIT_OPERANDS = "3xTF32 holds two halves of every operand; loop invariants spill"
 
 
-def _heuristic(gpu: Gpu, dtype: str, bucket: int) -> dict[str, Tile]:
+def _heuristic(gpu: Gpu, bits: int, bucket: int) -> dict[str, Tile]:
     """Tiles nobody has measured on this GPU: the largest that its shared memory and registers hold, as its compiler says."""
     roomy = gpu.shared_memory >= 160 * 1024
-    if dtype == "float32":
+    if bits == 32:
         reason = "3xTF32 holds operands twice over: the largest tile whose halves fit the registers and 99 KiB of shared memory"
         block, warps = {64: (32, 4), 128: (32, 8), 256: (16, 8)}[bucket]
-        return dict.fromkeys(_KERNELS, Tile(block, block, warps, 1, reason=reason, spills=_SPLIT_OPERANDS))
+        return dict.fromkeys(KERNELS, Tile(block, block, warps, 1, reason=reason, spills=_SPLIT_OPERANDS))
     if bucket == 64:
         tile = Tile(64, 64, 4, 3 if roomy else 2, reason="head dim 64: four programs of 64 queries fit a multiprocessor")
         narrow = dataclasses.replace(tile, block_q=32, spills=_TWO_ACCUMULATORS)
