@@ -97,3 +97,8 @@ def visible_blocks(start, size: int, own_length, other_length, band: Band, block
 def quotient(x, n: int):
     """x // n for integers x >= 0, in x's dtype: one division, where `//` also corrects for signs."""
     return lax.div(x, jnp.asarray(n, x.dtype))
+
+
+def remainder(x, n: int):
+    """x % n of the same. To a compiler it says that the result is below n; `x - quotient(x, n) * n` does not."""
+    return lax.rem(x, jnp.asarray(n, x.dtype))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.masks import quotient
+from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
 
 
@@ -70,7 +70,8 @@ class Programs:
         fast = self.heads if self.heads_fastest else self.tiles
         slow = self.tiles if self.heads_fastest else self.heads
         rest, b = quotient(program, fast), quotient(program, fast * slow)
-        x, y = program - rest * fast, rest - b * slow
+        # That a tile's number is below the number of tiles is what tells Triton that the masks of whole tiles are true.
+        x, y = remainder(program, fast), remainder(rest, slow)
         tile, head = (y, x) if self.heads_fastest else (x, y)
         return b, self.tiles - 1 - tile if self.last_tile_first else tile, head
 
