@@ -6,6 +6,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
@@ -66,12 +67,12 @@ class KVCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "layers": 1 if layers is None else layers}
         check(
-            (isinstance(size, numbers.Integral) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
+            (_is_int(size) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
             for name, size in sizes.items()
         )
         check(
             (
-                isinstance(size, numbers.Integral) and 8 <= size <= 256 and size % 8 == 0,
+                _is_int(size) and 8 <= size <= 256 and size % 8 == 0,
                 ShapeError,
                 f"{name} to be a multiple of 8 from 8 to 256",
                 size,
@@ -79,7 +80,7 @@ class KVCache:
             )
             for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim))
         )
-        name = str(jnp.dtype(dtype))
+        name = _dtype_name(dtype)
         check([(name in ("float16", "bfloat16", "float32"), DtypeError, "dtype float16, bfloat16 or float32", name, "pass one of them")])
         stack = () if layers is None else (layers,)
         key, value = (jnp.zeros((*stack, batch, capacity, kv_heads, size), dtype) for size in (head_dim, value_head_dim))
@@ -133,13 +134,17 @@ class KVCache:
         return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
 
     def reset(self, rows=slice(None)) -> "KVCache":
-        """Empties rows, in all layers: an index, a slice, an array of indices, or a mask bool[B]; default all of them."""
+        """Empties rows, in all layers: an index, a slice, an array of indices, or a mask bool[B]; default all of them.
+
+        An index is from -B to B - 1. Outside `jit` another one raises `OptionError`; under `jit`, where nothing can, it is ignored.
+        """
         if not isinstance(rows, slice):
             rows = jnp.asarray(rows)
             if rows.dtype == bool:  # a traced mask is no index
                 B = self.length.shape[-1]
                 check([(rows.shape == (B,), ShapeError, f"a mask of shape [B] = ({B},)", rows.shape, "give one bool per row")])
                 return self._emptied(rows)
+            self._check_indices(rows)
         return self._emptied(jnp.zeros(self.length.shape[-1], bool).at[rows].set(True))
 
     def _emptied(self, mask) -> "KVCache":
@@ -150,6 +155,14 @@ class KVCache:
         if isinstance(self.overflowed, jax.core.Tracer):
             raise ArgumentError("expected a concrete cache; got a traced one; call check() outside jit, or read cache.overflowed")
         _raise_if(self.overflowed, f"every row within the capacity of {self.capacity}")
+
+    def _check_indices(self, rows) -> None:
+        B = self.length.shape[-1]
+        check([(jnp.issubdtype(rows.dtype, jnp.integer), DtypeError, "rows as ints, or as a mask", rows.dtype, "pass int32 or bool")])
+        if not isinstance(rows, jax.core.Tracer):
+            rows = np.ravel(rows)
+            missing = rows[(rows < -B) | (rows >= B)].tolist()
+            check([(not missing, OptionError, f"rows from {-B} to {B - 1}", missing, "the cache has no such rows")])
 
     def _check(self, key, value, query_seq_lengths) -> int:
         *_, B, _, K, H = self.key.shape
@@ -176,13 +189,25 @@ def layer_index(cache: KVCache, layer):
     if L is None:
         check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
         return None
-    is_int = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+    is_int = _is_int(layer)
     is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
     check([
         (is_int or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
         (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
     ])  # fmt: skip
     return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
+
+
+def _is_int(x) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _dtype_name(dtype) -> str:
+    """What is no dtype keeps the name that it was given."""
+    try:
+        return str(jnp.dtype(dtype))
+    except TypeError:
+        return repr(dtype)
 
 
 def _raise_if(overflowed, expected: str) -> None:

@@ -129,7 +129,7 @@ MUTATIONS = {
     ),
     "room is not checked": Mutation(
         (Edit("rows.py", "overflowed | (count > capacity - length)", "overflowed | (count > 9 * capacity)"),),
-        ("tests/test_cached_attention.py::test_overflow_under_jit_is_nan_for_that_row_and_only_it[triton-7]",),
+        ("tests/test_cached_errors.py::test_overflow_under_jit_is_nan_for_that_row_and_only_it[triton-7]",),
     ),
     "the new tokens are not counted": Mutation(
         (Edit("kv_attention.py", "cache.length, cache.overflowed", "cache.length - query.shape[1], cache.overflowed"),),

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivatives import BEYOND, assert_close, loss_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashcore_jax
 from flashcore_jax import RESIDUAL_NAMES, Unsupported, reference
-from flashcore_jax.testing import GRADIENT_GATE
 
 B, T, S, N, K, H = 4, 17, 33, 4, 2, 32
 LENGTHS = {"query_seq_lengths": jnp.array([17, 9, 0, 16]), "key_value_seq_lengths": jnp.array([33, 12, 20, 0])}
@@ -27,24 +27,6 @@ def arrays(*batch, seed=0, dtype=jnp.float32):
 
 def by(implementation, **options):
     return functools.partial(flashcore_jax.attention, implementation=implementation, is_causal=True, **options)
-
-
-def loss_of(attention):
-    """A scalar with distinct cotangents for out and lse everywhere; rows that see nothing add 0."""
-
-    def loss(*arguments, **options):
-        out, lse = attention(*arguments, return_lse=True, **options)
-        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(jnp.where(jnp.isneginf(lse), jnp.pi / 2, lse)))
-
-    return loss
-
-
-def assert_close(got, expected, calls=1):
-    """Both are right to float32's gate, and the errors of calls one after the other add up."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert a.shape == b.shape
-        error = jnp.sqrt(jnp.mean(jnp.square(a - b)))
-        assert error <= 2 * calls * GRADIENT_GATE["float32"] * jnp.sqrt(jnp.mean(jnp.square(b)))
 
 
 @functools.cache
@@ -224,13 +206,6 @@ def test_shard_map(implementation, over):
 
 # --- derivatives beyond the first reverse one
 
-BEYOND = {
-    "jvp": lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1],
-    "jacfwd": lambda f, x: jax.jacfwd(lambda s: f(x * s))(jnp.float32(1.1)),
-    "reverse of reverse": lambda f, x: jax.grad(lambda x: jnp.sum(jnp.sin(jax.grad(f)(x))))(x),
-    "forward of reverse": lambda f, x: jax.jvp(jax.grad(f), (x,), (jnp.cos(x),))[1],
-}
-
 
 def scalar(attention, x):
     return loss_of(attention)(x, 0.5 * x[:, :, :K], jnp.sin(x[:, :, :K]))
@@ -256,6 +231,4 @@ def test_xla_has_them_all(derivative):
     got = jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, by("xla", **options))))(x)
     plain = functools.partial(reference.attention, is_causal=True, **options)
     expected = jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, plain)))(x)
-    # A second derivative adds the products of two first ones: four times their error.
-    error = jnp.sqrt(jnp.mean(jnp.square(got - expected)))
-    assert error <= 8 * GRADIENT_GATE["float32"] * jnp.sqrt(jnp.mean(jnp.square(expected))), error
+    assert_close(got, expected, calls=4)  # a second derivative adds the products of two first ones: four times their error

@@ -1,0 +1,124 @@
+"""JAX's transformations around `attention_with_kv_cache`: vmap, checkpoint, shard_map, and loops with a donated cache."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cache_helpers import (
+    assert_holds,
+    assert_same,
+    assert_same_bits,
+    attend,
+    differentiate,
+    forward_errors,
+    options_of,
+    split_at,
+    tail,
+)
+from derivatives import assert_close
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flashcore_jax.testing import Workload, inputs, oracle
+
+
+def test_vmap(implementation):
+    """Over a second batch axis: two caches, and each call's own lengths. One row overflows in one of them."""
+    case, T = "bfloat16, 4:2", 7
+    lengths, counts = ([0, 283, 20, 5], [284, 1, 130, 11]), np.array([[7, 7, 1, 0], [7, 2, 7, 1]])
+    calls, exact = [], []
+    for seed in range(2):
+        fits = np.where(np.add(lengths[seed], counts[seed]) <= 290, counts[seed], 0)
+        w, _ = tail(case, T, lengths[seed], fits)
+        arrays = inputs(w, seed)
+        exact.append(oracle(arrays, **w.options))
+        calls.append((arrays.query, *split_at(arrays, lengths[seed], counts[seed], T), jnp.asarray(counts[seed], jnp.int32)))
+    options = options_of(w, implementation)
+
+    def call(query, cache, new, counts):
+        return attend(query, *new, cache, counts, options=options)
+
+    got = jax.jit(jax.vmap(call))(*jax.tree.map(lambda *x: jnp.stack(x), *calls))
+    np.testing.assert_array_equal(got[1].overflowed, [[False] * 4, [True, False, False, False]])
+    for i, rows in enumerate((slice(0, 4), slice(1, 4))):
+        mapped, (alone, cache) = jax.tree.map(lambda x, i=i: x[i], got), call(*calls[i])
+        chex.assert_trees_all_equal(mapped[1], cache)
+        pick = functools.partial(jax.tree.map, lambda x, rows=rows: x[rows])
+        assert_same(pick(mapped[0]), pick(alone), pick(exact[i]), implementation)
+        assert forward_errors(pick(mapped[0]), pick(exact[i])) <= 1.0
+    assert np.all(np.isnan(got[0][0][1, 0]))
+
+
+def test_donation_in_a_loop(implementation):
+    """A donated stack of caches, carried through a while_loop: what the loop leaves is right, and lies where the cache lay."""
+    lengths, T = np.array([18, 3]), 6
+    w = Workload("loop", 2, T, 24, 2, 1, 16, 16, "float32", is_causal=True, query_seq_lengths=(6, 6), key_value_seq_lengths=(24, 9))
+    arrays, options = inputs(w), options_of(w, implementation)
+    cache, new = split_at(arrays, lengths, [T, T], T)
+    stack = jax.tree.map(lambda x: jnp.stack([x[::-1], x]), cache)
+    first_layer = jax.tree.map(np.array, cache)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def loop(stack):
+        def step(state):
+            t, stack, outs, lses = state
+            one = (jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in (arrays.query, *new))
+            (out, lse), stack = attend(*one, stack, layer=jnp.int32(1), options=options)
+            return t + 1, stack, *(jax.lax.dynamic_update_slice_in_dim(a, b, t, 1) for a, b in ((outs, out), (lses, lse)))
+
+        nothing = jnp.zeros((2, T, 2, 16)), jnp.zeros((2, T, 2))
+        return jax.lax.while_loop(lambda state: state[0] < T, step, (0, stack, *nothing))
+
+    addresses = [x.unsafe_buffer_pointer() for x in (stack.key, stack.value)]
+    _, after, *got = loop(stack)
+    assert stack.key.is_deleted()
+    assert [x.unsafe_buffer_pointer() for x in (after.key, after.value)] == addresses
+    assert forward_errors(got, oracle(arrays, **w.options)) <= 1.0
+    assert_holds(jax.tree.map(lambda x: x[1], after), arrays, [24, 9])
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0, ::-1], after), first_layer)
+
+
+# --- where a gradient is taken
+
+SMALL = Workload(
+    "small", 4, 3, 24, 2, 1, 16, 16, "float32", is_causal=True,
+    query_seq_lengths=(3, 3, 0, 2), key_value_seq_lengths=(24, 3, 9, 7),
+)  # fmt: skip
+
+
+def arguments_of(w: Workload):
+    """For `differentiate`."""
+    arrays, counts = inputs(w), np.array(w.query_seq_lengths)
+    cache, new = split_at(arrays, w.key_value_seq_lengths - counts, counts, w.T)
+    return arrays.query, new, cache, jnp.asarray(counts, jnp.int32), (arrays.out_cotangent, arrays.lse_cotangent)
+
+
+def test_checkpoint(implementation):
+    """The append and the attention run again in the backward pass: the same gradients."""
+    run = functools.partial(differentiate, *arguments_of(SMALL), options=options_of(SMALL, implementation))
+    (_, gradients), (_, expected) = run(remat=True), run()
+    assert_close(gradients, expected)
+
+
+def test_shard_map_over_the_batch(implementation):
+    """Two devices, each with its rows of the cache: the outputs, the gradients and the cache of the whole."""
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    # The interpreter's loops mix varying and unvarying values, which shard_map's check refuses; compiled kernels pass it.
+    check = not (implementation == "triton" and jax.default_backend() == "cpu")
+    arguments, options = arguments_of(SMALL), options_of(SMALL, implementation)
+
+    def run(query, new, cache, counts, cotangents):
+        after = attend(query, *new, cache, counts, options=options)[1]
+        return *differentiate(query, new, cache, counts, cotangents, options=options), after
+
+    sharded = jax.device_put(arguments, NamedSharding(mesh, P("x")))
+    shard = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=check))
+    (got, gradients, after), (whole, *expected) = shard(*sharded), run(*arguments)
+    assert_same(got, whole, oracle(inputs(SMALL), **SMALL.options), implementation)
+    assert_close(gradients, expected[0])
+    assert_same_bits(after, expected[1])
