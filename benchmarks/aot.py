@@ -362,6 +362,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, help="write the rows as JSON")
     arguments = parser.parse_args()
+    os.environ["FLASHCORE_TILES"] = ""  # the shipped tiles are the question, whatever this user has tuned
     if reason := unavailable():
         print(reason)
         return 2

@@ -45,6 +45,7 @@ from benchmarks import exact, loops, peers, timing, workloads
 from benchmarks.peers import reason_of
 from benchmarks.timing import say
 from benchmarks.workloads import Cell
+from flashcore_jax.tuning.rows import origin
 
 CELLS_PER_BATCH = 5  # compiled together; what a crash in a compiler can take with it
 _lowering = threading.Lock()  # tracing holds the interpreter's lock anyway, and not every library's tracing is thread-safe
@@ -67,7 +68,7 @@ def describe_run(quick: bool, argv) -> dict:
     now = datetime.datetime.now(datetime.UTC)
     return {
         "kind": "run", "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "date": now.date().isoformat(), "quick": quick, "commit": commit,
-        "device": device.device_kind, "platform": device.platform,
+        "device": device.device_kind, "platform": device.platform, "tiles": origin(),
         "versions": {"python": platform.python_version()} | {k: v for k, v in versions.items() if v},
         "command": " ".join(["python -m benchmarks.run", *(pathlib.Path(a).name if "/" in a else a for a in argv)]),
     }  # fmt: skip

@@ -211,9 +211,9 @@ def _dtype_name(dtype) -> str:
 
 
 def _raise_if(overflowed, expected: str) -> None:
-    if overflowed.any():
-        rows = sorted({int(index[-1]) for index in zip(*overflowed.nonzero(), strict=True)})
-        raise CacheOverflowError(f"expected {expected}; rows {rows} have none; create a larger cache, or truncate() or reset() these rows")
+    full = np.unique(np.argwhere(overflowed)[:, -1]).tolist()
+    if full:
+        raise CacheOverflowError(f"expected {expected}; rows {full} have none; create a larger cache, or truncate() or reset() these rows")
 
 
 def _append(*arguments, name: str):
