@@ -16,7 +16,7 @@ from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows
 from flashcore_jax.testing import Inputs, Workload
 from flashcore_jax.tuning.gpus import Gpu, gpu_of, target_gpu
-from flashcore_jax.tuning.rows import KERNELS, ON_THE_KEY_GRID, Tile, Tiles
+from flashcore_jax.tuning.tile_rows import KERNELS, ON_THE_KEY_GRID, Tile, Tiles
 
 # The results of each, as fields of `testing.Results` (but lse as [B, N, T]).
 GIVES = dict.fromkeys(ON_THE_KEY_GRID, ("out", "lse")) | {"dkdv": ("dkey", "dvalue"), "dq": ("dquery",)}

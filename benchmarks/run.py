@@ -45,7 +45,7 @@ from benchmarks import exact, loops, peers, timing, workloads
 from benchmarks.peers import reason_of
 from benchmarks.timing import say
 from benchmarks.workloads import Cell
-from flashcore_jax.tuning.rows import origin
+from flashcore_jax.tuning.tile_rows import origin
 
 CELLS_PER_BATCH = 5  # compiled together; what a crash in a compiler can take with it
 _lowering = threading.Lock()  # tracing holds the interpreter's lock anyway, and not every library's tracing is thread-safe

@@ -42,7 +42,7 @@ from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, DTYPES
 from flashcore_jax.testing import Results, Workload
 from flashcore_jax.tuning.candidates import candidates
 from flashcore_jax.tuning.gpus import Gpu, gpu_of, listed_kind, target_gpu
-from flashcore_jax.tuning.rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, Tile, Tiles, bucket_of, rows_of, user_file
+from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, Tile, Tiles, bucket_of, rows_of, user_file
 from flashcore_jax.tuning.tiles import bucket_tiles
 
 # Cells of the board, at head dim 128, that a kernel is timed on; the first one sorts the candidates. The forward kernel that

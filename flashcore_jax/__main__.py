@@ -19,7 +19,7 @@ import numpy as np
 
 import flashcore_jax
 from flashcore_jax.testing import Results, Workload, errors, errors_of, inputs, oracle
-from flashcore_jax.tuning.rows import origin as tile_origin
+from flashcore_jax.tuning.tile_rows import origin as tile_origin
 
 BASE = Workload("bfloat16, causal", B=2, T=512, S=512, N=4, K=4, H=128, Hv=128, dtype="bfloat16", is_causal=True)
 

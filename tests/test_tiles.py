@@ -12,10 +12,10 @@ import pytest
 
 from flashcore_jax.errors import OptionError
 from flashcore_jax.problem import SPLIT_UNIT, problem_of
-from flashcore_jax.tuning import rows
+from flashcore_jax.tuning import tile_rows
 from flashcore_jax.tuning.candidates import candidates
 from flashcore_jax.tuning.gpus import Gpu, gpu_of, target_gpu
-from flashcore_jax.tuning.rows import KERNELS
+from flashcore_jax.tuning.tile_rows import KERNELS
 from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
 GPUS = ["NVIDIA A100", "NVIDIA L4", "NVIDIA H100", "NVIDIA H200", "NVIDIA B200", "NVIDIA of tomorrow"]
@@ -88,11 +88,11 @@ def user(tmp_path, monkeypatch):
         file = tmp_path / "tiles.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content))
         monkeypatch.setenv("FLASHCORE_TILES", str(file))
-        rows.user_rows.cache_clear()
+        tile_rows.user_rows.cache_clear()
         return file
 
     yield write
-    rows.user_rows.cache_clear()
+    tile_rows.user_rows.cache_clear()
 
 
 def test_a_users_row_comes_before_the_shipped_one_and_changes_no_other_bucket(user):
@@ -110,7 +110,7 @@ def test_a_users_row_comes_before_the_shipped_one_and_changes_no_other_bucket(us
     assert tiles_for(H200, problem("float16", 80)).dq.num_stages == 1
     assert tiles_for(Gpu("NVIDIA of tomorrow", (8, 9), 101376, 64), problem("float16", 80)).dq.reason == "the user's"
     assert not tiles_for(H200, problem("bfloat16", 256)).decode.heads_fastest
-    assert rows.origin() == f"the package's, but for 3 of {rows.user_file()}"
+    assert tile_rows.origin() == f"the package's, but for 3 of {tile_rows.user_file()}"
 
 
 def test_a_users_file_is_read_once_and_not_at_import(user, monkeypatch):
@@ -120,7 +120,7 @@ def test_a_users_file_is_read_once_and_not_at_import(user, monkeypatch):
     assert tiles_for(H200, problem("bfloat16", 128)).dq.num_stages == 3
     subprocess.run([sys.executable, "-c", "import flashcore_jax"], check=True, cwd=os.getcwd())
     monkeypatch.setenv("FLASHCORE_TILES", "")
-    rows.user_rows.cache_clear()
+    tile_rows.user_rows.cache_clear()
     assert tiles_for(H200, problem("bfloat16", 128)).dq.reason != "the user's"
 
 
@@ -155,7 +155,7 @@ def test_a_users_file_that_is_wrong_is_refused_by_name(user, content, names):
         with pytest.raises(OptionError, match="FLASHCORE_TILES=") as error:
             tiles_for(H200, problem("bfloat16", 128))
         assert str(file) in str(error.value)
-        assert str(error.value) in rows.origin()
+        assert str(error.value) in tile_rows.origin()
         assert names in str(error.value)
 
 
@@ -163,14 +163,14 @@ def test_where_the_users_file_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("FLASHCORE_TILES", "")
-    assert rows.user_file() is None
+    assert tile_rows.user_file() is None
     monkeypatch.delenv("FLASHCORE_TILES")
-    assert rows.user_file() == str(tmp_path / ".cache/flashcore_jax/tiles.json")
+    assert tile_rows.user_file() == str(tmp_path / ".cache/flashcore_jax/tiles.json")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     in_cache = tmp_path / "cache/flashcore_jax/tiles.json"
-    assert rows.user_file() == str(in_cache)
+    assert tile_rows.user_file() == str(in_cache)
 
-    read = rows.user_rows.__wrapped__
+    read = tile_rows.user_rows.__wrapped__
     assert read() == {}
     in_cache.mkdir(parents=True)  # there is something, and it cannot be read
     with pytest.warns(UserWarning, match="the shipped tiles are taken"):
@@ -183,12 +183,12 @@ def test_where_the_users_file_lies(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_candidates_are_few_and_keep_the_key_grid(gpu, bits):
-    for head_dim, kernel in itertools.product(rows.HEAD_DIMS, KERNELS):
+    for head_dim, kernel in itertools.product(tile_rows.HEAD_DIMS, KERNELS):
         tiles = bucket_tiles(gpu_of(gpu), bits, head_dim, {})
         found = candidates(gpu_of(gpu), bits, head_dim, kernel, tiles.forward.block_k)
         assert 3 <= len(found) == len(set(found)) <= 50
         for tile in found:
-            if kernel in rows.ON_THE_KEY_GRID:
+            if kernel in tile_rows.ON_THE_KEY_GRID:
                 assert tile.block_k == tiles.forward.block_k
             held = {"dkdv": 2 * tile.block_q}.get(kernel, 2 * tile.block_k) * tile.num_stages * head_dim * bits // 8
             assert held <= gpu_of(gpu).shared_memory

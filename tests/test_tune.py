@@ -14,7 +14,7 @@ from benchmarks import aot, kernels, tune
 from benchmarks.kernels import Job
 from flashcore_jax.errors import OptionError
 from flashcore_jax.problem import problem_of
-from flashcore_jax.tuning import rows
+from flashcore_jax.tuning import tile_rows
 from flashcore_jax.tuning.gpus import gpu_of
 from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
@@ -38,12 +38,12 @@ def in_file(file):
 def taken(file, monkeypatch, head_dim=64):
     """The tiles that a fresh process would take with this user's file."""
     monkeypatch.setenv("FLASHCORE_TILES", str(file))
-    rows.user_rows.cache_clear()
+    tile_rows.user_rows.cache_clear()
     try:
         query = jax.ShapeDtypeStruct((1, 8, 2, head_dim), "float16")
         return tiles_for(H200, problem_of(query, query, query, is_causal=True))
     finally:
-        rows.user_rows.cache_clear()
+        tile_rows.user_rows.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_another_block_k_is_for_all_three_kernels_or_for_none(tmp_path, monkeypa
 def test_without_a_block_k_it_stays_that_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "Contest", Measured)
     file = tmp_path / "tiles.json"
-    file.write_text(json.dumps([row(kernel, block_k=32) for kernel in rows.ON_THE_KEY_GRID]))
+    file.write_text(json.dumps([row(kernel, block_k=32) for kernel in tile_rows.ON_THE_KEY_GRID]))
     assert tune.main(["--quick", "--head-dim", "64", "--kernel", "forward", "--out", str(file)]) == 0
     assert {r["block_k"] for r in in_file(file).values()} == {32}
 
@@ -283,7 +283,7 @@ def test_cells_keep_the_width_of_the_boards_models():
         w = bucket(quick=False, head_dim=head_dim).cells("closing")[0]
         assert (w.B, w.T, w.S, w.N, w.K, w.H, w.split_size) == (4, 4096, 4096, N, N, head_dim, 2048)
         assert w.name == ("P2" if head_dim == 128 else f"P2 at {head_dim}")
-    for kernel in rows.KERNELS:
+    for kernel in tile_rows.KERNELS:
         for w in bucket(quick=False).cells(kernel):
             assert (w.S > (w.split_size or w.S)) == (kernel in ("closing", "decode")) or kernel in ("dkdv", "dq")
             assert len(Job(kernel, w, bucket().in_force(kernel)).operands) == {"dkdv": 6, "dq": 6, "decode": 5}.get(kernel, 3)

@@ -1,7 +1,7 @@
 """The tiles of a kernel that are worth compiling on a GPU: a small grid, by rules with reasons. `benchmarks.tune` measures them."""
 
 from flashcore_jax.tuning.gpus import Gpu
-from flashcore_jax.tuning.rows import ON_THE_KEY_GRID, Tile
+from flashcore_jax.tuning.tile_rows import ON_THE_KEY_GRID, Tile
 
 REGISTERS = 192  # of a thread's 255, for accumulators and scores: the others hold operands, addresses, maxima and sums
 

@@ -12,7 +12,7 @@ import dataclasses
 from flashcore_jax.errors import OptionError, check
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import Gpu, gpu_of
-from flashcore_jax.tuning.rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, REMEDY, Row, Rows, Tile, Tiles, measured_rows, user_rows
+from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, REMEDY, Row, Rows, Tile, Tiles, measured_rows, user_rows
 
 
 def tiles_for(gpu: Gpu | None, problem: Problem) -> Tiles:
