@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
+from flashcore_jax.problem import is_int
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +67,12 @@ class KVCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "layers": 1 if layers is None else layers}
         check(
-            (_is_int(size) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
+            (is_int(size) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
             for name, size in sizes.items()
         )
         check(
             (
-                _is_int(size) and 8 <= size <= 256 and size % 8 == 0,
+                is_int(size) and 8 <= size <= 256 and size % 8 == 0,
                 ShapeError,
                 f"{name} to be a multiple of 8 from 8 to 256",
                 size,
@@ -189,17 +189,13 @@ def layer_index(cache: KVCache, layer):
     if L is None:
         check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
         return None
-    is_int = _is_int(layer)
+    is_number = is_int(layer)
     is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
     check([
-        (is_int or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
-        (not is_int or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
+        (is_number or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
+        (not is_number or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
     ])  # fmt: skip
-    return jnp.asarray(layer % L if is_int else layer, jnp.int32).reshape(1)
-
-
-def _is_int(x) -> bool:
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    return jnp.asarray(layer % L if is_number else layer, jnp.int32).reshape(1)
 
 
 def _dtype_name(dtype) -> str:

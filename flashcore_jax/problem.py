@@ -129,13 +129,13 @@ def problem_of(
         )
     )  # fmt: skip
     window = local_window_size
-    sides = (window, window) if _is_int(window) else tuple(window) if isinstance(window, (tuple, list)) else None
+    sides = (window, window) if is_int(window) else tuple(window) if isinstance(window, (tuple, list)) else None
     check([
         (isinstance(is_causal, bool), OptionError, "is_causal to be True or False", is_causal, "it is static: jit with static_argnames, or close over it"),
-        (window is None or (sides is not None and len(sides) == 2 and all(_is_int(s) and s >= 0 for s in sides)), OptionError, "local_window_size to be None, an int >= 0, or (left, right) of such", window, "left and right count keys beside the query's own position"),
+        (window is None or (sides is not None and len(sides) == 2 and all(is_int(s) and s >= 0 for s in sides)), OptionError, "local_window_size to be None, an int >= 0, or (left, right) of such", window, "left and right count keys beside the query's own position"),
         (scale is None or (_is_real(scale) and math.isfinite(scale)), OptionError, "scale to be None or a finite Python number", scale, "multiply query by a traced scale, and pass scale=1.0"),
         (logits_soft_cap is None or (_is_real(logits_soft_cap) and 0 < logits_soft_cap < math.inf), OptionError, "logits_soft_cap to be None or a finite number > 0", logits_soft_cap, "None turns it off"),
-        (split_size is None or (_is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each schedule choose"),
+        (split_size is None or (is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each schedule choose"),
     ])  # fmt: skip
     if sides is not None:  # a side that no pair of this call reaches is no bound, and may not fit 32 bits
         sides = tuple(None if side >= T + S else int(side) for side in sides)
@@ -163,7 +163,7 @@ def _precision(precision, dtype: str) -> str:
     return name if dtype == "float32" else "native"
 
 
-def _is_int(x) -> bool:
+def is_int(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
