@@ -46,7 +46,7 @@ def test_kernels_compile(gpu, kind, kernels):
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 def test_masks_of_whole_tiles_cost_nothing():
     """Without any bound the compiler must see that every row of every tile exists: then two programs of dQ share a multiprocessor's
-    65,536 registers, not one (P7's backward is 14 % faster for it)."""
+    65,536 registers, not one (P7's backward took 14 % longer while it was one)."""
     full = next(w for w in aot.WORKLOADS if w.name == "bfloat16 128/128 full")
     (rows,) = aot.compile_all([aot.Job("NVIDIA H200", full)], workers=1)
     facts = next(row for row in rows if row["kernel"] == "dq")
