@@ -46,7 +46,7 @@ def one_scan(cell: Loop, x, arrays, rows):
     """All turns: (x, arrays, rows) afterwards. `arrays` are the cache's key and value, `rows` its length and overflowed.
 
     A `fori_loop`, which is a scan over the counter it carries. Scanned over `jnp.arange(layers)`, JAX would fetch each number
-    from memory: 3 µs a turn, as much as append and merge together.
+    from memory: 3 µs a turn (results/tiles/h200-2026-11-22-layers.jsonl).
     """
 
     def visit(layer, carry):
