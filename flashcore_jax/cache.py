@@ -114,7 +114,7 @@ class KVCache:
         T = self._check(key, value, query_seq_lengths)
         layer, count = layer_index(self, layer), rows.int32(query_seq_lengths)
         arrays = (self.key, self.value, self.length, self.overflowed)
-        overflowed = rows.of_layer(rows.update(*arrays[2:], count, T, self.capacity, layer).arrays[1], layer)
+        _, _, overflowed = rows.append_to_layer(*arrays[2:], count, T, self.capacity, layer)
         if not isinstance(overflowed, jax.core.Tracer):
             _raise_if(overflowed, f"room for {T} more tokens in a cache of capacity {self.capacity}")
         return KVCache(*_append(*arrays, key, value, count, layer, name=implementations.choose(implementation, None)))

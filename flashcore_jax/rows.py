@@ -40,12 +40,17 @@ class Update(NamedTuple):
     arrays: tuple  # the cache's length and overflowed
 
 
-def update(length, overflowed, count, T: int, capacity: int, layer) -> Update:
-    """`append` of the first count[b] of T tokens, None for all of them, in a cache's arrays."""
-    start = of_layer(length, layer)
+def append_to_layer(length, overflowed, count, T: int, capacity: int, layer):
+    """`append` of the first count[b] of T tokens, None for all of them, to the rows that a cache's arrays hold of a layer."""
     count = T if count is None else jnp.clip(count, 0, T)
-    count, *after = append(start, of_layer(overflowed, layer), count, capacity)
-    return Update(start, count, tuple(with_layer(x, layer, new) for x, new in zip((length, overflowed), after, strict=True)))
+    return append(of_layer(length, layer), of_layer(overflowed, layer), count, capacity)
+
+
+def update(length, overflowed, count, T: int, capacity: int, layer) -> Update:
+    """The same, in the arrays."""
+    count, *after = append_to_layer(length, overflowed, count, T, capacity, layer)
+    arrays = tuple(with_layer(x, layer, new) for x, new in zip((length, overflowed), after, strict=True))
+    return Update(of_layer(length, layer), count, arrays)
 
 
 def of_layer(x, layer):
