@@ -29,7 +29,7 @@ def attend(x, cache, layer=None):
     from flashcore_jax import attention_with_kv_cache
 
     K = cache.key.shape[-2]
-    return attention_with_kv_cache(x, x[:, :, :K], x[:, :, -K:], cache, layer=layer, implementation="triton")
+    return attention_with_kv_cache(x, x[:, :, :K], x[:, :, -K:], cache, layer=layer)
 
 
 def _cache(arrays, rows):

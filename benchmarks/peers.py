@@ -195,8 +195,9 @@ _TOKAMAX_NOTE = "with two renamed JAX functions put back (benchmarks/peers.py)"
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("flashcore", "flashcore", **_ours(implementation="triton"), triton=True),
-        Peer("flashcore_nosplit", "flashcore, split_size=None", **_ours(implementation="triton", split_size=None), triton=True),
+        Peer("flashcore", "flashcore", **_ours()),
+        Peer("flashcore_nosplit", "flashcore, split_size=None", **_ours(split_size=None)),
+        Peer("flashcore_triton", "flashcore, Triton", **_ours(implementation="triton"), triton=True),
         Peer("flashcore_xla", "flashcore, xla", **_ours(implementation="xla")),
         Peer("cudnn", "cuDNN (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "cudnn")),
         Peer("xla", "XLA (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "xla"), gpu_only=False),
@@ -215,9 +216,10 @@ PEERS = {
     )
 }  # fmt: skip
 OURS, NO_SPLIT, BASELINE = "flashcore", "flashcore_nosplit", "cudnn"
+OWN = tuple(name for name in PEERS if name.startswith(OURS))
 DEFAULT = {
     "prefill": tuple(name for name in PEERS if name not in ("flashcore_xla", "pallas_gqa")),
-    "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name != "flashcore_xla"),
+    "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name not in ("flashcore_xla", "flashcore_triton")),
     "lengths": (OURS, BASELINE, "pallas_triton", "tokamax_triton", "tokamax_mosaic"),
     "latency": (OURS, BASELINE),
 }

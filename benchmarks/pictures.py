@@ -9,17 +9,17 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.peers import NO_SPLIT, OURS, PEERS
+from benchmarks.peers import OURS, OWN, PEERS
 from benchmarks.workloads import DIRECTIONS, TITLES, Cell
 
 DPI = 130
 INK, FAINT = "#333333", "#e4e4e4"
 STYLES = {
-    "flashcore": ("#d55e00", "D"), "flashcore_nosplit": ("#e69f00", "d"), "flashcore_xla": ("#a6761d", "<"), "cudnn": ("#000000", "s"),
+    "flashcore": ("#d55e00", "D"), "flashcore_nosplit": ("#e69f00", "d"), "flashcore_xla": ("#a6761d", "<"), "flashcore_triton": ("#a6761d", ">"), "cudnn": ("#000000", "s"),
     "xla": ("#999999", "X"), "pallas_triton": ("#0072b2", "o"), "pallas_gqa": ("#0072b2", "v"), "pallas_mosaic": ("#56b4e9", "o"),
     "tokamax_triton": ("#009e73", "^"), "tokamax_mosaic": ("#cc79a7", "^"),
 }  # fmt: skip
-RIVALS = [name for name in PEERS if name not in (OURS, NO_SPLIT, "flashcore_xla")]
+RIVALS = [name for name in PEERS if name not in OWN]
 
 
 def _figure(rows: int, columns: int, size, **options):

@@ -16,14 +16,14 @@ import statistics
 import sys
 
 from benchmarks import pictures, records, tables
-from benchmarks.peers import NO_SPLIT, OURS, PEERS
+from benchmarks.peers import NO_SPLIT, OURS, OWN, PEERS
 from benchmarks.records import SLOWER, Results
 from benchmarks.tables import geometric_mean, label, number
 from benchmarks.workloads import BOARDS, DIRECTIONS, TITLES, Cell, directions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARKERS = "<!-- numbers:start -->", "<!-- numbers:end -->"
-TRITON_PEERS = [name for name, peer in PEERS.items() if peer.triton and name not in (OURS, NO_SPLIT)]
+TRITON_PEERS = [name for name, peer in PEERS.items() if peer.triton and name not in OWN]
 
 
 # Sentences

@@ -10,8 +10,12 @@ from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import target_gpu
 
 # Best first. A module offers `unsupported(problem)`, `append`, and either `forward` and `backward` or a differentiable `attend`.
-_MODULES = {"triton": "flashcore_jax.kernels.triton", "xla": "flashcore_jax.kernels.xla"}
-_NEEDS_GPU = {"triton"}
+_MODULES = {
+    "mosaic_gpu": "flashcore_jax.kernels.mosaic_gpu.implementation",
+    "triton": "flashcore_jax.kernels.triton",
+    "xla": "flashcore_jax.kernels.xla",
+}
+_NEEDS_GPU = {"mosaic_gpu", "triton"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ def explain(problem: Problem | None) -> Explanation:
     """What `choose(None, problem)` decides, with the reasons."""
     reasons = {}
     for name in _MODULES:
-        without_gpu = name in _NEEDS_GPU and target_gpu() is None
-        reasons[name] = "no NVIDIA GPU is in sight (named, it runs interpreted)" if without_gpu else module(name).unsupported(problem)
+        without_gpu = name in _NEEDS_GPU and target_gpu() is None  # then nothing of it is imported
+        interpreted = " (named, it runs interpreted)" if name == "triton" else ""
+        reasons[name] = f"no NVIDIA GPU is in sight{interpreted}" if without_gpu else module(name).unsupported(problem)
     return Explanation(next(name for name, reason in reasons.items() if reason is None), reasons)

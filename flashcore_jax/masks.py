@@ -61,11 +61,17 @@ def visible(i, j, query_length, key_length, band: Band):
     return seen
 
 
-def sees_any(i, own_length, other_length, band: Band):
-    """Whether query i sees a key at all. With the lengths swapped and `band.transposed`: whether any query sees key i."""
+def visible_keys(i, own_length, other_length, band: Band):
+    """The first and the last key that query i < own_length sees, if it sees any: `visible`, row by row."""
     p = i + (other_length - own_length)
     first = 0 if band.left is None else jnp.maximum(p - band.left, 0)
     last = other_length - 1 if band.right is None else jnp.minimum(p + band.right, other_length - 1)
+    return first, last
+
+
+def sees_any(i, own_length, other_length, band: Band):
+    """Whether query i sees a key at all. With the lengths swapped and `band.transposed`: whether any query sees key i."""
+    first, last = visible_keys(i, own_length, other_length, band)
     return (i < own_length) & (first <= last)
 
 

@@ -1,0 +1,391 @@
+"""Attention forward on Hopper: warpgroups that compute, one that fetches, programs that stay for one tile after the other.
+
+A program holds 192 queries of a head, 64 to each of three warpgroups (head dim 256: 128, two); one more brings the keys and values
+by the copy engine. A warpgroup issues the products of a block of keys and those of the last block's probabilities together, and
+computes its softmax while the second is in flight. The others keep the tensor cores busy through its waits.
+
+The key grid, the splits and every addition are those of kernels/triton/forward.py, in the same order: the bits are the same.
+The running total of closed splits, which costs the Triton kernel its registers, rests in memory: shared where there is room.
+
+Source: Shah et al., "FlashAttention-3" (2024), for the overlap of products and softmax; the scheme of splits is this package's.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flashcore_jax import online_softmax
+from flashcore_jax.kernels.mosaic_gpu import registers
+from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
+from flashcore_jax.kernels.mosaic_gpu.registers import ROWS, as_row, as_tile, over_columns
+from flashcore_jax.kernels.mosaic_gpu.schedule import Schedule, schedule_of
+from flashcore_jax.logits import scores_of
+from flashcore_jax.masks import Band, BlockRange, quotient, remainder, visible_blocks
+from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows
+from flashcore_jax.tuning.gpus import Gpu
+
+BLOCK_K = 64  # of every Triton tile too
+_PIECE = 128  # columns of the output that leave through shared memory together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a program is made up."""
+
+    computing: int  # warpgroups
+    registers: int  # of a computing thread
+    fetching: int  # registers of a fetching thread; together what a multiprocessor has, 65,536
+    stages: int  # blocks of keys, and of values, in shared memory
+    total_in_shared: bool = True
+
+    @property
+    def queries(self) -> int:
+        return self.computing * ROWS
+
+
+_PLANS = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, total_in_shared=False)}  # by the wider head dim
+
+
+def unsupported(problem: Problem) -> str | None:
+    p = problem
+    if p.dtype not in ("float16", "bfloat16"):
+        return f"the tensor cores that it drives take 16-bit inputs, not {p.dtype}"
+    if not {p.H, p.Hv} <= set(_PLANS):
+        return f"its tiles are for head dims {', '.join(map(str, _PLANS))}, not {p.H} and {p.Hv}"
+    return None
+
+
+def _row(refs, problem: Problem, b):
+    """The row's (query length, key length), whether it has overflowed, and the layer in front of an index into the cache."""
+    p = problem
+    refs = iter(refs)
+    told = (p.query_lengths, p.key_lengths, p.cached, p.L is not None)
+    query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in told)
+    layer = () if layer_ref is None else (jnp.clip(layer_ref[0], 0, p.L - 1),)
+    query_length = jnp.int32(p.T) if query_ref is None else jnp.clip(query_ref[b], 0, p.T)
+    key_length = jnp.int32(p.S) if key_ref is None else jnp.clip(key_ref[(*layer, b)], 0, p.S)
+    return (query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, b)] != 0, layer
+
+
+def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: Schedule, plan: _Plan, closes: bool):
+    p, stages = problem, plan.stages
+    number_of_rows = sum((p.query_lengths, p.key_lengths, p.cached, p.L is not None))
+    row_refs, (out_ref, lse_ref, *refs) = refs[:number_of_rows], refs[number_of_rows:]
+    total_ref, *refs = refs if closes and not plan.total_in_shared else (None, *refs)
+    q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free = refs
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+
+    def blocks_of(first_query, size, lengths):
+        return visible_blocks(first_query, size, *lengths, p.band, BLOCK_K)
+
+    def all_turns(run):
+        """Calls `run(turn, blocks fetched before it)`, which tells how many it needs, for every tile."""
+        lax.fori_loop(jnp.int32(0), schedule.turns(table_ref, program), run, jnp.int32(0))
+
+    @pl.when(warpgroup == plan.computing)
+    def _():
+        plgpu.set_max_registers(plan.fetching, action="decrease")
+
+        def fetch_tile(turn, fetched):
+            b, n, first_query = schedule.tile(table_ref, program, turn)
+            lengths, _, layer = _row(row_refs, p, b)
+            blocks = blocks_of(first_query, plan.queries, lengths)
+            kv_head = quotient(n, p.G)
+
+            def fetch(block, fetched):
+                slot = remainder(fetched, stages)
+                at = (*layer, b, pl.ds(block * BLOCK_K, BLOCK_K), kv_head)
+                for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
+
+                    @pl.when(fetched >= stages)
+                    def _(free=free):
+                        plgpu.barrier_wait(free.at[slot])
+
+                    plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], full.at[slot])
+                return fetched + 1
+
+            # Keys first: there is room for some while the last tile is still computed with its queries.
+            ahead = jnp.minimum(blocks.start + stages, blocks.stop)
+            fetched = lax.fori_loop(blocks.start, ahead, fetch, fetched)
+            for w in range(plan.computing):
+
+                @pl.when(turn > 0)
+                def _(w=w):
+                    plgpu.barrier_wait(q_free.at[w])
+
+                rows = pl.ds(first_query + w * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_full.at[w])
+            return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
+
+        all_turns(fetch_tile)
+
+    @pl.when(warpgroup < plan.computing)
+    def _():
+        plgpu.set_max_registers(plan.registers, action="increase")
+        q = q_smem.at[warpgroup]
+        if closes and plan.total_in_shared:
+            # The output takes the place of the total, which is twice as large.
+            total, out_tile = out_smem[0].at[warpgroup], out_smem[1].at[2 * warpgroup]
+        else:
+            total, out_tile = total_ref.at[program, warpgroup] if closes else None, out_smem.at[warpgroup]
+
+        def compute_tile(turn, fetched):
+            b, n, first_query = schedule.tile(table_ref, program, turn)
+            lengths, overflowed, _ = _row(row_refs, p, b)
+            everyone = blocks_of(first_query, plan.queries, lengths)
+            first_query += warpgroup * ROWS
+            blocks = _within(blocks_of(first_query, ROWS, lengths), everyone, p.band)
+            # From here on blocks are counted so that their number tells their place in shared memory.
+            offset = remainder(fetched + (stages * pl.cdiv(p.S, BLOCK_K) - everyone.start), stages)
+            everyone, blocks = _moved(everyone, offset), _moved(blocks, offset)
+
+            def skip(block, _):
+                slot = remainder(block, stages)
+                for full, free in ((k_full, k_free), (v_full, v_free)):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+            plgpu.barrier_wait(q_full.at[warpgroup])
+            lax.fori_loop(everyone.start, blocks.start, skip, None)
+            run = functools.partial(
+                _sum, q=q, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), stages=stages, offset=offset,
+                first_query=first_query, lengths=lengths, blocks=blocks, total=total, problem=p,
+            )  # fmt: skip
+            any_block = jnp.minimum(blocks.stop - blocks.start, 1)
+            acc, running_max, row_sum = lax.fori_loop(jnp.int32(0), any_block, lambda *_: run(), _nothing(p))
+            lax.fori_loop(blocks.stop, everyone.stop, skip, None)
+            plgpu.barrier_arrive(q_free.at[warpgroup])
+
+            factor, empty, nothing, lse = _finish(running_max, row_sum, first_query, lengths, overflowed)
+            rows, width = pl.ds(first_query, ROWS), min(p.Hv, _PIECE)
+            for start in range(0, p.Hv, width):
+                # Selected, not multiplied by 0: a product with a poisoned query is NaN.
+                out = jnp.where(
+                    over_columns(empty, width), jnp.full((ROWS, width), nothing), _columns(acc, start, width) * over_columns(factor, width)
+                ).astype(p.dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if closes and plan.total_in_shared:
+                    plgpu.commit_smem()  # every thread has read the total
+                out_tile[...] = out
+                if start == 0:
+                    lse_smem[warpgroup] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_tile, out_ref.at[b, rows, n, pl.ds(start, width)])
+                if start == 0:
+                    plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[b, n, rows])
+            return everyone.stop
+
+        all_turns(compute_tile)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _within(blocks: BlockRange, others: BlockRange, band: Band) -> BlockRange:
+    """A range inside another, which a range of no block may lie outside of."""
+    start = others.start if band.left is None else jnp.clip(blocks.start, others.start, others.stop)
+    return dataclasses.replace(blocks, start=start, stop=jnp.clip(blocks.stop, start, others.stop))
+
+
+def _moved(blocks: BlockRange, offset) -> BlockRange:
+    b = blocks
+    return BlockRange(*(at + offset for at in (b.start, b.unmasked_start, b.unmasked_stop, b.stop)))
+
+
+def _sum(*, q, k_smem, v_smem, barriers, stages, offset, first_query, lengths, blocks, total, problem: Problem):
+    """The sum over all blocks, at least one: (acc, running_max, row_sum)."""
+    p = problem
+    k_full, k_free, v_full, v_free = barriers
+    dtype = jnp.dtype(p.dtype)
+    ends_in_a_block = p.key_lengths or p.S % BLOCK_K != 0
+    ever_masked = ends_in_a_block or p.band.left is not None or p.band.right is not None
+    scores_shape, out_shape = (ROWS, BLOCK_K), (ROWS, p.Hv)
+
+    def slot_of(block):
+        return remainder(block, stages)
+
+    def first_key_of(block):
+        return (block - offset) * BLOCK_K
+
+    def multiply_keys(scores_ref, block):
+        plgpu.barrier_wait(k_full.at[slot_of(block)])
+        plgpu.wgmma(scores_ref, q, k_smem.at[slot_of(block)].T)
+
+    def weigh(scores, block, running_max, row_sum, masked):
+        scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)
+        if masked:
+            scores = jnp.where(registers.seen(scores_shape, first_query, first_key_of(block), lengths, p.band), scores, -jnp.inf)
+        return registers.update(scores, running_max, row_sum, log2_scale, dtype)
+
+    def wait_for_values(block):
+        """Until they are there. Those beyond the row's length become 0: 0 times what lies there would be NaN, if that is."""
+        plgpu.barrier_wait(v_full.at[slot_of(block)])
+        if p.key_lengths:
+
+            @pl.when(first_key_of(block + 1) > lengths[1])
+            def _():
+                values = v_smem.at[slot_of(block)]
+                is_key = registers.iota((BLOCK_K, p.Hv), 0) < lengths[1] - first_key_of(block)
+                values[...] = jnp.where(is_key, as_tile(values[...]), jnp.zeros((BLOCK_K, p.Hv), dtype))
+                plgpu.commit_smem()
+
+    def first(scores_ref):
+        multiply_keys(scores_ref, blocks.start)
+        return plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
+
+    no_acc, lowest, no_sum = _nothing(p)
+    if total is not None:
+        per_split = p.split_size // BLOCK_K
+        splits = quotient(blocks.start - offset, per_split), quotient(blocks.stop - offset + (per_split - 1), per_split)
+    scores = pl.run_scoped(first, plgpu.ACC(scores_shape, jnp.float32))
+    plgpu.barrier_arrive(k_free.at[slot_of(blocks.start)])
+    probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, lowest, no_sum, ever_masked)
+
+    def merged(split, of_total, closed):
+        """The sums of all splits before `split`, the last of which is `closed`."""
+        several = jnp.minimum(split - splits[0] - 1, 1)
+        return lax.fori_loop(jnp.int32(0), several, lambda _, closed: _merge(total, of_total, closed), closed)
+
+    def visit(block, carry, masked, starts_split=False):
+        """Adds the product of the last block's probabilities, and takes this block's scores in: of the same split, or of the next."""
+        acc, before, running_max, row_sum, *of_total = carry
+
+        def run(acc_ref, scores_ref):
+            wait_for_values(block - 1)
+            acc_ref[...] = acc
+            multiply_keys(scores_ref, block)
+            plgpu.wgmma(acc_ref, before, v_smem.at[slot_of(block - 1)])
+            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+            plgpu.barrier_arrive(k_free.at[slot_of(block)])
+            statistics = (lowest, no_sum) if starts_split else (running_max, row_sum)
+            probabilities, new_max, new_sum, rescale = weigh(scores, block, *statistics, masked)
+            product = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+            registers.in_use(before)
+            plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])
+            if not starts_split:
+                return product * over_columns(rescale, p.Hv), probabilities, new_max, new_sum, *of_total
+            closed = merged(quotient(block - offset, per_split), of_total, (product, running_max, registers.quad_sum(row_sum)))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output, perhaps from the same memory
+            registers.park(total, closed[0])
+            return no_acc, probabilities, new_max, new_sum, *closed[1:]
+
+        return pl.run_scoped(run, plgpu.ACC(out_shape, jnp.float32), plgpu.ACC(scores_shape, jnp.float32))
+
+    def walk(start, stop, carry):
+        """The blocks [start, stop) of one split."""
+        unmasked_start = start
+        if p.band.left is not None:
+            unmasked_start = jnp.clip(blocks.unmasked_start, start, jnp.maximum(start, stop))
+            carry = lax.fori_loop(start, unmasked_start, functools.partial(visit, masked=True), carry)
+        unmasked_stop = jnp.clip(blocks.unmasked_stop, unmasked_start, jnp.maximum(unmasked_start, stop))
+        carry = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), carry)
+        return lax.fori_loop(unmasked_stop, stop, functools.partial(visit, masked=True), carry) if ever_masked else carry
+
+    carry = no_acc, probabilities, running_max, row_sum
+    if total is None:
+        carry = walk(blocks.start + 1, blocks.stop, carry)
+    else:
+
+        def close(split, carry):
+            """Closes the split before and adds up this one."""
+            start = split * per_split + offset
+            carry = visit(start, carry, ever_masked, starts_split=True)
+            return walk(start + 1, jnp.minimum(blocks.stop, start + per_split), carry)
+
+        carry = walk(blocks.start + 1, jnp.minimum(blocks.stop, (splits[0] + 1) * per_split + offset), carry)
+        carry = lax.fori_loop(splits[0] + 1, splits[1], close, (*carry, lowest, no_sum))
+    acc, probabilities, running_max, row_sum, *of_total = carry
+
+    def last(acc_ref):
+        wait_for_values(blocks.stop - 1)
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, probabilities, v_smem.at[slot_of(blocks.stop - 1)])
+        return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+
+    closed = pl.run_scoped(last, plgpu.ACC(out_shape, jnp.float32)), running_max, registers.quad_sum(row_sum)
+    plgpu.barrier_arrive(v_free.at[slot_of(blocks.stop - 1)])
+    return closed if total is None else merged(splits[1], of_total, closed)
+
+
+def _nothing(problem: Problem):
+    """`online_softmax.nothing`, laid out over a warpgroup."""
+    return (
+        as_tile(jnp.zeros((ROWS, problem.Hv), jnp.float32)),
+        as_row(jnp.full((ROWS,), online_softmax.LOWEST, jnp.float32)),
+        as_row(jnp.zeros((ROWS,), jnp.float32)),
+    )
+
+
+def _merge(total, statistics, closed):
+    """`online_softmax.merge` of the total in memory, of which these are the maximum and the row sum, with a closed sum."""
+    acc, running_max, row_sum = closed
+    columns = acc.shape[1]
+    new_max = jnp.maximum(statistics[0], running_max)
+    of_total, of_closed = jnp.exp2(statistics[0] - new_max), jnp.exp2(running_max - new_max)
+    acc = registers.parked(total, columns) * over_columns(of_total, columns) + acc * over_columns(of_closed, columns)
+    return acc, new_max, statistics[1] * of_total + row_sum * of_closed
+
+
+def _columns(x, start: int, width: int):
+    return x if (start, width) == (0, x.shape[1]) else lax.slice(x, (0, start), (ROWS, start + width))
+
+
+def _finish(running_max, row_sum, first_query, lengths, overflowed):
+    """`kernels.triton.forward.finish`, to be applied to the output's columns: their factor, the rows that are empty, what those
+    hold, and the natural log-sum-exp."""
+    ones = jnp.ones((ROWS,), jnp.float32)
+    queries = first_query + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=registers.ROW)
+    empty = (row_sum == 0.0) | (queries >= lengths[0])
+    row_sum = jnp.where(empty, ones, row_sum)
+    factor, lse = 1.0 / row_sum, jnp.where(empty, -jnp.inf * ones, (running_max + jnp.log2(row_sum)) * online_softmax.LN_2)
+    if overflowed is None:
+        return factor, empty, jnp.float32(0), lse
+    nan = jnp.where(overflowed, jnp.float32(jnp.nan), jnp.float32(0))
+    factor, lse = factor + nan, lse + nan
+    return factor, empty, nan, lse
+
+
+def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
+    """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
+    p = problem
+    closes = p.split_size is not None and p.S > p.split_size
+    plan = _PLANS[max(p.H, p.Hv)]
+    schedule = schedule_of(p, plan.queries, gpu.multiprocessors)
+    if rows.overflowed is not None:
+        rows = rows._replace(overflowed=rows.overflowed.astype(jnp.int32))
+    width = min(p.Hv, _PIECE)
+    out_tile = shared((plan.computing, ROWS, width), p.dtype)
+    # Vectors are copied without regard to where an array ends.
+    out_type = [
+        jax.ShapeDtypeStruct((p.B, p.T, p.N, p.Hv), query.dtype),
+        jax.ShapeDtypeStruct((p.B, p.N, pl.cdiv(p.T, plan.queries) * plan.queries), jnp.float32),
+    ]
+    if closes and plan.total_in_shared:
+        out_tile = plgpu.RefUnion(plgpu.SMEM((plan.computing, ROWS * p.Hv), jnp.float32), shared((2 * plan.computing, ROWS, p.Hv), p.dtype))
+    elif closes:
+        out_type.append(jax.ShapeDtypeStruct((schedule.programs, plan.computing, ROWS * p.Hv), jnp.float32))
+
+    def barriers(count: int, arrivals: int = 1):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    out, lse, *_ = launch(
+        functools.partial(_kernel, problem=p, schedule=schedule, plan=plan, closes=closes),
+        *(jnp.asarray(schedule.table), query, key, value, *rows.arrays),
+        name="flashcore_forward_closing" if closes else "flashcore_forward",
+        programs=schedule.programs,
+        warpgroups=plan.computing + 1,
+        out_type=tuple(out_type),
+        scratch=[
+            shared((plan.computing, ROWS, p.H), p.dtype),
+            *(shared((plan.stages, BLOCK_K, size), p.dtype) for size in (p.H, p.Hv)),
+            out_tile,
+            plgpu.SMEM((plan.computing, ROWS), jnp.float32),
+            *[barriers(plan.computing)] * 2,
+            *(barriers(plan.stages), barriers(plan.stages, plan.computing)) * 2,
+        ],
+    )
+    return out, lse[:, :, : p.T]

@@ -1,0 +1,33 @@
+"""The seam to Pallas's Mosaic GPU route: what depends on its API, young and still moving, stands here and in registers.py."""
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_SWIZZLE = 128  # bytes: the widest pattern, for rows of at least so many
+
+
+def is_recent_enough() -> bool:
+    """Accumulators that are read while products are in flight: jax 0.11."""
+    return hasattr(plgpu, "wgmma_accumulator_load")
+
+
+def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch):
+    """Runs `kernel` in so many programs of so many warpgroups; `lax.axis_index` gives the number of "program" and "warpgroup"."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        # No thread reads shared memory that another thread of its warpgroup writes, but behind a `commit_smem`.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name=name,
+    )(*operands)
+
+
+def shared(shape: tuple[int, ...], dtype):
+    """A tile in shared memory, laid out as tensor cores and the copy engine like it."""
+    columns = _SWIZZLE // jax.numpy.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_SWIZZLE)))

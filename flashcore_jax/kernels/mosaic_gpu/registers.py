@@ -1,0 +1,251 @@
+"""The online softmax on the registers of a warpgroup: `online_softmax`, instruction by instruction, to the bit.
+
+A warpgroup's tile of 64 rows lies in registers as the tensor core leaves it. A thread holds two rows of a warp's sixteen, and
+of each row two neighbouring columns out of every eight; the four threads of a quad hold a row together. What is written out
+here is what Mosaic has no operation for: the order of a row's additions (the two bits of the column's number that lie across
+a quad come last, once per split), exp2 of a fused multiply-add, a maximum rounded up to an integer.
+"""
+
+import functools
+import struct
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from flashcore_jax.masks import Band, visible_keys
+
+TILE = plgpu.Layout.WGMMA
+ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
+ROWS = 64  # of a warpgroup's tile
+THREADS = 128  # of a warpgroup
+_VECTOR = 4  # numbers that a thread reads and writes together
+_QUAD = (1, 2)  # the lanes' bits that hold a row's columns
+
+
+def as_tile(x):
+    return plgpu.layout_cast(x, TILE)
+
+
+def as_row(x):
+    return plgpu.layout_cast(x, ROW)
+
+
+def over_columns(row, columns: int):
+    """A number per row, for each of its columns."""
+    return jax.lax.broadcast_in_dim(row, (ROWS, columns), (0,))
+
+
+def iota(shape, axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+
+
+def seen(shape, first_row, first_column, lengths, band: Band):
+    """Whether a tile's row sees its column, of rows below their length: (own length, others' length). A bound per row, and one
+    comparison for each number, where `masks.visible` has one for every condition."""
+    rows = first_row + plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW)
+    if band.right is None:  # further than any key; a bound that is one number for all rows finds no layout (jax 0.11.2)
+        band = Band(band.left, lengths[0])
+    first, last = visible_keys(rows, *lengths, band)
+    columns = iota(shape, 1)
+    inside = columns <= over_columns(last - first_column, shape[1])
+    return inside if band.left is None else inside & (columns >= over_columns(first - first_column, shape[1]))
+
+
+def update(scores, running_max, row_sum, log2_scale: float, dtype):
+    """`online_softmax.update` but for the products: (probabilities in `dtype`, running_max, row_sum, rescale).
+
+    scores: float32[64, keys], the other two float32[64]. row_sum is a thread's own: `quad_sum` closes it.
+    """
+    tile = plgpu.ShapeDtypeStruct(scores.shape, dtype, layout=TILE)
+    row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)
+
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW, ROW), return_type=(tile, row, row, row))
+    def run(_, scores, running_max, row_sum):
+        of_row = _by_row(scores)
+        results = [_update_row(*arguments, log2_scale) for arguments in zip(of_row, _numbers(running_max), _numbers(row_sum), strict=True)]
+        probabilities, *rows = zip(*results, strict=True)
+        tile = _like(scores, _from_rows(scores, probabilities)).astype(mgpu.dialect_lowering.utils.dtype_to_ir_type(dtype))
+        return tile, *(_like(running_max, numbers) for numbers in rows)
+
+    return run(scores, running_max, row_sum)
+
+
+def _update_row(scores, running_max, row_sum, log2_scale: float):
+    scale = _literal(log2_scale)
+    highest = _tree(_max, [x for pair in scores for x in pair])
+    for lanes in _QUAD:
+        highest = _max(highest, mgpu.utils.shfl_bfly(highest, lanes))
+    new_max = _asm(f"mul.f32 x, $1, {scale}; cvt.rpi.f32.f32 x, x; max.f32 $0, x, $2;", highest, running_max)
+    rescale = _asm("sub.f32 x, $1, $2; ex2.approx.ftz.f32 $0, x;", running_max, new_max)
+    shift = _asm("neg.f32 $0, $1;", new_max)
+    p = [[_asm(f"fma.rn.f32 x, $1, {scale}, $2; ex2.approx.ftz.f32 $0, x;", x, shift) for x in pair] for pair in scores]
+    row_sum = _asm("mul.f32 x, $1, $2; add.f32 $0, x, $3;", row_sum, rescale, _tree(_add, [_add(*pair) for pair in p]))
+    return p, new_max, row_sum, rescale
+
+
+def quad_sum(row_sum):
+    """`online_softmax.close`: the sums that the four threads of a row have kept apart, in each of them."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW))
+    def run(_, row_sum):
+        def close(x):
+            return functools.reduce(lambda x, lanes: _add(x, mgpu.utils.shfl_bfly(x, lanes)), _QUAD, x)
+
+        return _like(row_sum, [close(x) for x in _numbers(row_sum)])
+
+    return run(row_sum)
+
+
+def scaled_exp2(scores, shift, log2_scale: float):
+    """As `kernels.triton.launch.scaled_exp2`, of two tiles."""
+
+    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=plgpu.ShapeDtypeStruct(scores.shape, jnp.float32, layout=TILE))
+    def run(_, scores, shift):
+        instructions = f"neg.f32 x, $2; fma.rn.f32 x, $1, {_literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;"
+        rows = [
+            [[_asm(instructions, *numbers) for numbers in zip(*pairs, strict=True)] for pairs in zip(*of_row, strict=True)]
+            for of_row in zip(_by_row(scores), _by_row(shift), strict=True)
+        ]
+        return _like(scores, _from_rows(scores, rows))
+
+    return run(scores, shift)
+
+
+def tanh(x):
+    """As `kernels.triton.launch.tanh_for`, for 16-bit inputs: 1 - 2 / (2^(2 log2(e) x) + 1)."""
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE))
+    def run(_, x):
+        two_log2_e = _literal(2.0 * np.log2(np.e))
+        instructions = (
+            f"mul.f32 x, $1, {two_log2_e}; ex2.approx.ftz.f32 x, x; add.f32 x, x, {_literal(1.0)}; "
+            f"rcp.approx.ftz.f32 x, x; fma.rn.f32 $0, x, {_literal(-2.0)}, {_literal(1.0)};"
+        )
+        return _like(x, _from_rows(x, [[[_asm(instructions, number) for number in pair] for pair in row] for row in _by_row(x)]))
+
+    return run(x)
+
+
+def in_use(p):
+    """Says that an unfinished product may have been reading p until here. Without it the compiler gives p's registers to what
+    comes next, ptxas notices, and makes every product wait for the one before (C7513)."""
+
+    @plgpu.inline_mgpu(arg_types=(TILE,))
+    def run(_, p):
+        registers = [llvm.bitcast(ir.IntegerType.get_signless(32), x) for x in p.registers.flat]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), registers, "", ",".join(["r"] * len(registers)), has_side_effects=True)
+
+    run(p)
+
+
+def park(ref, tile):
+    """Writes a thread's numbers of a tile to memory, for `parked` to read: float32[64 * columns], in nobody else's order."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def run(_, ref, tile):
+        for i, (a, b) in enumerate(_couples(tile.registers)):
+            llvm.store(vector.shuffle(a, b, [0, 1, 2, 3]), _of_thread(ref, i), alignment=_VECTOR * 4)
+
+    run(ref, tile)
+
+
+def parked(ref, columns: int):
+    """The tile that the same threads have parked."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE), return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=TILE))
+    def run(_, ref, like):
+        four = ir.VectorType.get((_VECTOR,), ir.F32Type.get())
+        registers = []
+        for i, _ in enumerate(_couples(like.registers)):
+            x = llvm.load(four, _of_thread(ref, i), alignment=_VECTOR * 4)
+            registers += [vector.extract_strided_slice(ir.VectorType.get((2,), ir.F32Type.get()), x, [at], [2], [1]) for at in (0, 2)]
+        return _like(like, registers)
+
+    return run(ref, as_tile(jnp.zeros((ROWS, columns), jnp.float32)))
+
+
+def _couples(registers):
+    return zip(registers.flat[::2], registers.flat[1::2], strict=True)
+
+
+def _of_thread(ref, i: int):
+    """The address of a thread's vector number i: neighbouring threads have neighbouring ones."""
+    thread = mgpu.utils.thread_idx()
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.andi(thread, mgpu.c(THREADS - 1, i32))
+    at = arith.addi(arith.muli(thread, mgpu.c(_VECTOR, i32)), mgpu.c(i * THREADS * _VECTOR, i32))
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
+
+
+def _by_row(tile):
+    """A thread's numbers of a tile: of each of its two rows a list of pairs of neighbours, in the columns' order."""
+    return [[[_element(register, i) for i in (0, 1)] for register in tile.registers.flat[order]] for order in _row_order(tile)]
+
+
+def _from_rows(tile, rows) -> list:
+    """The inverse of `_by_row`: registers in the order of tile.registers."""
+    registers = [None] * tile.registers.size
+    pair_type = ir.VectorType.get((2,), ir.F32Type.get())
+    for order, pairs in zip(_row_order(tile), rows, strict=True):
+        for at, pair in zip(order, pairs, strict=True):
+            registers[at] = vector.from_elements(pair_type, pair)
+    return registers
+
+
+def _row_order(tile):
+    """For each of the two rows the positions of its registers, in the columns' order: one axis counts rows, another columns."""
+    shape = [size for size in tile.registers.shape if size != 1]
+    positions = np.arange(tile.registers.size).reshape(shape)
+    if shape != [tile.shape[1] // 8, 2]:
+        raise NotImplementedError(f"registers of shape {tile.registers.shape} for a tile {tile.shape}: a layout this was not written for")
+    return positions.T
+
+
+def _numbers(row) -> list:
+    return [_element(register, 0) for register in row.registers.flat]
+
+
+def _element(register, i: int):
+    return vector.extract(register, [], [i]) if isinstance(register.type, ir.VectorType) else register
+
+
+def _like(array, registers):
+    """An array laid out as `array`, of these registers or numbers."""
+    kinds = [register.type for register in array.registers.flat]
+    registers = [
+        vector.from_elements(kind, [x]) if isinstance(kind, ir.VectorType) and not isinstance(x.type, ir.VectorType) else x
+        for kind, x in zip(kinds, registers, strict=True)
+    ]
+    made = np.empty(len(registers), dtype=object)
+    made[:] = registers
+    return mgpu.FragmentedArray(_registers=made.reshape(array.registers.shape), _layout=array.layout, _is_signed=None)
+
+
+def _tree(operation, numbers: list):
+    """Over all numbers, neighbours first."""
+    while len(numbers) > 1:
+        numbers = [operation(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    return numbers[0]
+
+
+def _max(a, b):
+    return _asm("max.f32 $0, $1, $2;", a, b)
+
+
+def _add(a, b):
+    return _asm("add.f32 $0, $1, $2;", a, b)
+
+
+def _asm(instructions: str, *numbers):
+    """PTX on float32 numbers: $0 is the result, $1 ... the arguments, x a register."""
+    constraints = ",".join(["=f", *["f"] * len(numbers)])
+    return llvm.inline_asm(ir.F32Type.get(), list(numbers), f"{{ .reg .f32 x; {instructions} }}", constraints)
+
+
+def _literal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex()

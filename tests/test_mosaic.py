@@ -1,0 +1,178 @@
+"""The Hopper kernels against the Triton ones: the same bits, in every call that they take."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import on_gpu
+
+import flashcore_jax
+from flashcore_jax import KVCache, Unsupported, implementations
+from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
+from flashcore_jax.problem import problem_of
+from flashcore_jax.testing import Workload, assert_right, evaluate, inputs, oracle
+from flashcore_jax.tuning.gpus import target_gpu
+
+HERE = on_gpu() and target_gpu().has_wgmma
+on_hopper = pytest.mark.skipif(not HERE, reason="means something on an NVIDIA Hopper GPU only")
+
+
+def workload(T, S, N=4, K=2, H=128, dtype="bfloat16", B=2, Hv=None, **options) -> Workload:
+    return Workload("mosaic", B, T, S, N, K, H, Hv or H, dtype, **options)
+
+
+_LENGTHS = {"query_seq_lengths": (400, 0, 77, 1), "key_value_seq_lengths": (704, 650, 65, 0)}
+CALLS = {
+    "causal": workload(1000, 1000, is_causal=True),
+    "full": workload(704, 904),
+    "sizes that the copy engine cannot address": workload(301, 1003, is_causal=True),
+    "a multiple of every tile, full": workload(384, 512, 8, 2),
+    "136 queries": workload(136, 128, is_causal=True),
+    "184 queries, float16": workload(184, 328, 7, 1, 64, "float16", is_causal=True),
+    "200 queries": workload(200, 4104, 3, 3, 64),
+    "more queries than keys, causal": workload(704, 304, is_causal=True),
+    "more keys than queries, causal": workload(200, 3000, 8, 1, is_causal=True),
+    "three splits, causal": workload(1000, 1304, is_causal=True, split_size=512),
+    "short splits": workload(304, 1000, 2, 1, 64, "float16", split_size=128, is_causal=True),
+    "no splits": workload(1000, 5000, split_size=None, is_causal=True),
+    "window (100, 0)": workload(704, 704, is_causal=True, local_window_size=(100, 0)),
+    "window (300, 20), splits": workload(904, 1104, H=64, local_window_size=(300, 20), split_size=256),
+    "window (0, 500), more queries than keys": workload(704, 504, local_window_size=(0, 500)),
+    "soft cap": workload(504, 704, 4, 1, logits_soft_cap=3.0, is_causal=True),
+    "scale below 0": workload(304, 304, scale=-0.2),
+    "scale 0": workload(304, 304, scale=0.0, is_causal=True),
+    "lengths": workload(400, 704, B=4, **_LENGTHS),
+    "lengths, causal, splits": workload(400, 704, B=4, is_causal=True, split_size=256, **_LENGTHS),
+    "everything": workload(
+        400, 704, 6, 2, 64, B=4, is_causal=True, split_size=128, local_window_size=(200, 64), logits_soft_cap=5.0, **_LENGTHS
+    ),
+    "head dims 64 and 128": workload(304, 1304, H=64, Hv=128, is_causal=True, split_size=512),
+    "head dims 128 and 64": workload(304, 1304, H=128, Hv=64, is_causal=True, split_size=512),
+    "head dim 256, three splits": workload(304, 1304, H=256, is_causal=True, split_size=512),
+    "head dim 256, everything": workload(
+        400, 704, 6, 2, 256, B=4, is_causal=True, split_size=128, local_window_size=(200, 64), logits_soft_cap=5.0, **_LENGTHS
+    ),
+    "head dim 256, float16, full": workload(264, 1000, H=256, dtype="float16"),
+    "many heads": workload(256, 2304, 48, 8, B=3, is_causal=True),
+}  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("name", CALLS)
+def test_the_bits_are_those_of_triton(name):
+    """Of output and log-sum-exp. The gradients are right, where their additions have another order, and else Triton's too."""
+    w = CALLS[name]
+    arrays = inputs(w)
+    results = {
+        implementation: evaluate(
+            functools.partial(flashcore_jax.attention, implementation=implementation, split_size=w.split_size), arrays, **w.options
+        )
+        for implementation in ("triton", "mosaic_gpu")
+    }
+    if any(lengths is not None for lengths in w.lengths.values()):
+        chex.assert_trees_all_equal(results["mosaic_gpu"], results["triton"])
+    else:
+        chex.assert_trees_all_equal(results["mosaic_gpu"][:2], results["triton"][:2])
+        assert_right(results["mosaic_gpu"], oracle(arrays, **w.options))
+
+
+@on_hopper
+def test_what_lies_beyond_the_lengths_is_not_read():
+    w = CALLS["lengths, causal, splits"]
+    query, key, value = inputs(w)[:3]
+    lengths = {name: jnp.asarray(length) for name, length in w.lengths.items()}
+    run = jax.jit(
+        functools.partial(flashcore_jax.attention, implementation="mosaic_gpu", is_causal=True, split_size=w.split_size, return_lse=True)
+    )
+
+    def beyond(x, length, fill):
+        return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[:, :, None, None], x, fill)
+
+    def filled(fill):
+        of_query, of_keys = lengths["query_seq_lengths"], lengths["key_value_seq_lengths"]
+        return run(beyond(query, of_query, fill), beyond(key, of_keys, fill), beyond(value, of_keys, fill), **lengths)
+
+    clean = filled(0)
+    chex.assert_tree_all_finite(clean[0])
+    for poison in (jnp.nan, jnp.inf):
+        chex.assert_trees_all_equal(filled(poison), clean)
+
+
+@on_hopper
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_long_chunk_on_a_cache_has_the_bits_of_triton(layers):
+    B, T, S, K, N, H = 3, 304, 1504, 2, 8, 128
+    lengths = jnp.array([700, 0, 1300])
+    at = jax.random.split(jax.random.key(0), 5)
+    stack = () if layers is None else (layers,)
+    cache = KVCache.create(B, S, K, H, layers=layers)
+    contents = (jax.random.normal(k, (*stack, B, S, K, H), jnp.bfloat16) for k in at[:2])
+    cache = KVCache(*contents, jnp.broadcast_to(lengths, (*stack, B)), cache.overflowed)
+    query, key, value = (jax.random.normal(k, (B, T, heads, H), jnp.bfloat16) for k, heads in zip(at[2:], (N, K, K), strict=True))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, layer):
+        return flashcore_jax.attention_with_kv_cache(
+            query, key, value, cache, layer=layer, implementation=implementation, split_size=512, return_lse=True
+        )
+
+    got, expected = (run(name, None if layers is None else jnp.int32(1)) for name in ("mosaic_gpu", "triton"))
+    chex.assert_trees_all_equal(got, expected)
+    assert np.isnan(got[0][2]).all(), "1300 + 304 tokens have no room in 1504"
+    assert np.isfinite(got[0][:2]).all()
+
+
+@on_hopper
+def test_the_same_call_gives_the_same_bits():
+    arrays = inputs(workload(1000, 3000, 16, 4, is_causal=True))[:3]
+    run = jax.jit(functools.partial(flashcore_jax.attention, is_causal=True, implementation="mosaic_gpu", return_lse=True))
+    first = run(*arrays)
+    same = jax.jit(lambda x, y: jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a, b: jnp.all(a == b), x, y)))
+    assert all(same(run(*arrays), first) for _ in range(1000))
+
+
+@on_hopper
+def test_vmap():
+    arrays = [jnp.stack([x, x[::-1]]) for x in inputs(workload(304, 400, is_causal=True))[:3]]
+    run = functools.partial(flashcore_jax.attention, is_causal=True, implementation="mosaic_gpu")
+    chex.assert_trees_all_equal(jax.jit(jax.vmap(run))(*arrays), jnp.stack([run(*(x[i] for x in arrays)) for i in (0, 1)]))
+
+
+@on_hopper
+def test_it_is_the_default_for_what_it_takes():
+    arrays = inputs(workload(300, 300))[:3]
+    assert flashcore_jax.explain(*arrays).implementation == "mosaic_gpu"
+    assert flashcore_jax.explain(*(x.astype(jnp.float32) for x in arrays)).implementation == "triton"
+
+
+@pytest.mark.skipif(on_gpu(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    arrays = inputs(workload(300, 300))[:3]
+    with pytest.raises(Unsupported, match="needs an NVIDIA Hopper GPU, and none is in sight"):
+        flashcore_jax.attention(*arrays, implementation="mosaic_gpu")
+    assert implementations.explain(None).implementation == "xla"
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "N", "H", "is_causal"),
+    [(192, 1, 1, 128, True), (1000, 3, 7, 128, True), (4096, 4, 32, 128, True), (5000, 2, 16, 64, False), (4096, 4, 8, 256, True),
+     (1024, 16, 16, 128, True), (16384, 1, 16, 128, True), (1024, 64, 64, 64, True)],
+)  # fmt: skip
+def test_every_tile_is_computed_once_and_no_program_has_much_more_to_do(T, B, N, H, is_causal):
+    arrays = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, N, N)]
+    problem = problem_of(*arrays, is_causal=is_causal)
+    schedule = schedule_of(problem, queries=192, programs=132)
+    table = jnp.asarray(schedule.table)
+    turns = schedule.table[:, 0] * schedule.at_once
+    numbers = jnp.arange(turns.max(), dtype=jnp.int32)
+    tiles = jax.jit(
+        jax.vmap(lambda program: jax.vmap(lambda turn: jnp.stack(schedule.tile(table, program, turn)))(numbers))
+    )(jnp.arange(schedule.programs, dtype=jnp.int32))  # fmt: skip
+    tiles = [np.asarray(mine[:count]) for mine, count in zip(tiles, turns, strict=True)]
+    found = sorted(map(tuple, np.concatenate(tiles).tolist()))
+    assert found == [(b, n, first) for b in range(B) for n in range(N) for first in range(0, T, 192)]
+    work = [np.sum((np.minimum(mine[:, 2] + 192, T) if is_causal else T) + 256) for mine in tiles]
+    assert max(work) <= np.mean(work) + schedule.at_once * (T + 256) / 2  # list scheduling is sure to keep twice that
