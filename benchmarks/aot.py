@@ -6,7 +6,8 @@
     python -m benchmarks.aot --out report.json        # also as data
 
 A tile fails when it does not compile, needs more shared memory than a block may use, or spills registers though its row
-does not say why (`Tile.spills`). The exit code says whether any did.
+does not say why (`Tile.spills`). A Mosaic GPU kernel, for Hopper alone, fails when it does not compile, spills more than
+`MOSAIC_SPILLS` allows, or when ptxas says that it loses performance. The exit code says whether any did.
 
     kernel_report(fn, *args, gpu="NVIDIA H200")       # the same facts for the kernels in any function
 
@@ -18,6 +19,7 @@ compiles run in worker processes.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -40,12 +42,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from flashcore_jax.attention import attention
+from flashcore_jax.kernels.mosaic_gpu.launch import is_recent_enough
 from flashcore_jax.problem import problem_of
 from flashcore_jax.testing import Inputs, Workload, evaluate
 from flashcore_jax.tuning.gpus import gpu_of
 from flashcore_jax.tuning.tiles import Tile, tiles_for
 
-# The kernels' names, and whose tile in `Tiles` each has.
+# The kernels' names, and whose tile in `Tiles` each has. Through Mosaic GPU they end in `_MOSAIC`, and have no tile.
 KERNELS = {
     "flashcore_forward": "forward",
     "flashcore_forward_closing": "closing",
@@ -53,6 +56,7 @@ KERNELS = {
     "flashcore_dq": "dq",
     "flashcore_decode": "decode",
 }
+_MOSAIC = "_mosaic_gpu"
 
 
 # ---- compiling for a GPU that is not there
@@ -126,10 +130,13 @@ def compile_for(fn, *args, gpu: str, dump: str | None = None, donate_argnums=())
 
 def kernel_report(fn, *args, gpu: str) -> dict[str, dict]:
     """For each Pallas kernel in `fn`: grid, threads, shared_memory (bytes of a block), registers (of a thread), spills (bytes
-    stored and loaded), and tensor_core, the instruction family that its products became ("" for none)."""
+    stored and loaded), losses (ptxas's warnings of lost performance), and tensor_core, the instruction family that its products
+    became ("" for none). Of a Mosaic GPU kernel registers are those at its start, and computing those that it then asks for."""
     with tempfile.TemporaryDirectory() as folder:
-        compile_for(fn, *args, gpu=gpu, dump=folder)
-        report = collections.defaultdict(dict)
+        printed = pathlib.Path(folder, "mosaic.txt")
+        with _mosaic_prints_to(printed):
+            compile_for(fn, *args, gpu=gpu, dump=folder)
+        report = collections.defaultdict(dict, _mosaic_facts(printed.read_text()))
         for path in pathlib.Path(folder).glob("*thunk_sequence.txt"):
             launched = r"kCustomKernel.*?(\S+) grid: \[(.*?)\] threads: \[(\d+).*?\]\s+shared_memory: (\d+)"
             for name, grid, threads, shared_memory in re.findall(launched, path.read_text()):
@@ -147,13 +154,57 @@ def _assemble(ptx: pathlib.Path) -> dict[str, dict]:
     run = subprocess.run([find_ptxas(), "-v", f"-arch={target}", ptx, "-o", os.devnull], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"ptxas refused {ptx.name}: {run.stderr[:500]}")
+    return ptxas_facts(run.stderr, text)
+
+
+def ptxas_facts(said: str, ptx: str) -> dict[str, dict]:
+    """What ptxas's one run on `ptx` tells about its kernels."""
     families = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-    tensor_core = next((family for family in families if f"{family}." in text), "")
+    tensor_core = next((family for family in families if f"{family}." in ptx), "")
+    losses = sorted(set(re.findall(r"(\(C\d+\) Potential Performance Loss: .*)", said)))
     used = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     return {
-        name: {"registers": int(registers), "spills": int(stored) + int(loaded), "tensor_core": tensor_core}
-        for name, stored, loaded, registers in re.findall(used, run.stderr, re.S)
+        name: {"registers": int(registers), "spills": int(stored) + int(loaded), "losses": losses, "tensor_core": tensor_core}
+        for name, stored, loaded, registers in re.findall(used, said, re.S)
     }
+
+
+@contextlib.contextmanager
+def _mosaic_prints_to(path: pathlib.Path):
+    """What Mosaic GPU says of the kernels that it compiles meanwhile goes to a file. Its dump into a folder
+    (MOSAIC_GPU_DUMP_TO) would name the kernels' files, but holds 100 MB for each and doubles the time."""
+    names = [f"MOSAIC_GPU_DUMP_{what}" for what in ("PTX", "PTXAS", "HOST_LLVM")]
+    # It prints from C++, past sys.stdout.
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name)
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _mosaic_facts(printed: str) -> dict[str, dict]:
+    """Of each kernel Mosaic prints its PTX, then what ptxas said of it, then the host's code that launches it."""
+    report = {}
+    for text in printed.split("\n.visible .entry ")[1:]:
+        ((name, facts),) = ptxas_facts(text, text).items()
+        launched = re.search(r"call i32 @mosaic_gpu_launch_kernel\((.*)\)", text)[1]
+        numbers = re.findall(r"i32 (\d+)", launched)  # of grid, cluster and block three each, then the bytes of shared memory
+        computing = re.search(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", text)
+        report[name.removesuffix("_kernel")] = facts | {
+            "grid": ", ".join(numbers[:3]),
+            "threads": int(numbers[6]),
+            "shared_memory": int(numbers[9]),
+            "computing": int(computing[1]) if computing else facts["registers"],
+        }
+    return report
 
 
 @functools.cache
@@ -199,6 +250,23 @@ WORKLOADS = tuple(
     for dtype in DTYPES
     for H, Hv in (ODD_HEAD_DIMS if kind == "everything" else HEAD_DIMS)
 )
+# Sizes in multiples of 8, or the call goes to Triton; those of "full" in none of the blocks of 64.
+MOSAIC_KINDS = {"causal": KINDS["causal"], "full": dict(T=1000, S=4040), "everything": KINDS["everything"]}
+# The bytes that a Mosaic GPU kernel of a head dim may spill, stored and loaded, by the kind of call; the backward takes no
+# "everything". Behind them what ptxas 13.5.37 makes of it today, with jax 0.11.2: the limit is that, rounded up to a hundred.
+MOSAIC_SPILLS = {
+    ("forward", 64): dict(causal=0, full=0, everything=0),  # 0, 0, 0
+    ("forward", 128): dict(causal=100, full=100, everything=300),  # 32, 84, 264
+    ("forward", 256): dict(causal=100, full=200, everything=1000),  # 44, 108, 912
+    ("closing", 64): dict(causal=0, full=0, everything=500),  # 0, 0, 480
+    ("closing", 128): dict(causal=200, full=300, everything=1100),  # 132, 220, 1008
+    ("closing", 256): dict(causal=500, full=600, everything=2400),  # 412, 564, 2352
+    ("dkdv", 64): dict(causal=0, full=0),  # 0, 0
+    ("dkdv", 128): dict(causal=800, full=500),  # 756, 468
+    ("dq", 64): dict(causal=0, full=0),  # 0, 0
+    ("dq", 128): dict(causal=200, full=200),  # 168, 188
+}
+MOSAIC_HEAD_DIMS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +275,8 @@ class Job:
 
     gpu: str
     workload: Workload
+
+    implementation = "triton"
 
     @property
     def inputs(self) -> Inputs:
@@ -226,16 +296,67 @@ class Job:
     def is_decode(self) -> bool:
         return self.workload.T == 1
 
+    @property
+    def backward(self) -> bool:
+        return not self.is_decode
+
     def call(self, inputs: Inputs):
-        attend = functools.partial(attention, implementation="triton", split_size=self.workload.split_size)
-        if self.is_decode:
-            return attend(
-                *inputs[:3], **{name: None if x is None else jnp.asarray(x) for name, x in self.workload.lengths.items()}, is_causal=True
-            )
-        return evaluate(attend, inputs, **self.workload.options)
+        w = self.workload
+        attend = functools.partial(attention, implementation=self.implementation, split_size=w.split_size)
+        if self.backward:
+            return evaluate(attend, inputs, **w.options)
+        lengths = {name: None if x is None else jnp.asarray(x) for name, x in w.lengths.items()}
+        return attend(*inputs[:3], **w.options | lengths)
 
     def report(self) -> dict[str, dict]:
         return kernel_report(self.call, self.inputs, gpu=self.gpu)
+
+    def judge(self, report: dict[str, dict]) -> list[dict]:
+        """One row per kernel of the compiled call."""
+        launched = {name: tile for name, tile in self.tiles.items() if name in report}
+        check_kernels({name.split("_")[1] for name in launched}, {"forward", "dkdv", "dq"} if self.backward else {"decode"}, report)
+        limit = gpu_of(self.gpu).shared_memory
+        rows = []
+        for name, tile in launched.items():
+            shape = f"{tile.block_q}x{tile.block_k} {tile.num_warps}w {tile.num_stages}s"
+            row = {"gpu": self.gpu, "workload": self.workload.name, "kernel": KERNELS[name], "tile": shape, "limit": limit}
+            rows.append(row | report[name] | {"fault": fault_of(tile, report[name], limit)})
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicJob(Job):
+    """One call on one Hopper GPU through Mosaic GPU."""
+
+    kind: str
+
+    implementation = "mosaic_gpu"
+
+    @property
+    def closes(self) -> bool:
+        return self.workload.S > (self.workload.split_size or self.workload.S)
+
+    @property
+    def backward(self) -> bool:
+        """Where Mosaic has kernels for it, and once: they are the same whether the forward closes."""
+        return self.closes and self.kind in MOSAIC_SPILLS.get(("dq", self.workload.H), ())
+
+    def judge(self, report: dict[str, dict]) -> list[dict]:
+        launched = {kernel: report[name + _MOSAIC] for name, kernel in KERNELS.items() if name + _MOSAIC in report}
+        forward = {"closing" if self.closes else "forward"}
+        check_kernels(set(launched), forward | {"dkdv", "dq"} if self.backward else forward, report)
+        rows = []
+        for kernel, facts in launched.items():
+            allowed = MOSAIC_SPILLS[kernel, self.workload.H][self.kind]
+            row = {"gpu": self.gpu, "workload": self.workload.name, "kernel": kernel, "tile": "Mosaic GPU"}
+            row |= {"limit": gpu_of(self.gpu).shared_memory, "allowed_spills": allowed}
+            rows.append(row | facts | {"fault": mosaic_fault_of(facts, allowed)})
+        return rows
+
+
+def check_kernels(found: set[str], expected: set[str], report: dict[str, dict]):
+    if found != expected:
+        raise RuntimeError(f"expected {', '.join(sorted(expected))} among the compiled kernels; got {', '.join(report)}")
 
 
 def jobs_for(gpus, quick: bool) -> list[Job]:
@@ -252,6 +373,23 @@ def jobs_for(gpus, quick: bool) -> list[Job]:
             jobs.append(job)
             seen |= new
     return sorted(jobs, key=lambda job: gpus.index(job.gpu))
+
+
+def mosaic_jobs_for(gpus, quick: bool) -> list[MosaicJob]:
+    """Forward of every kind, closing and not, and backward, on every Hopper GPU; float16, the same but for types, once. `quick`: on
+    one of those GPUs that get the same code."""
+    hoppers = [gpu for gpu in gpus if gpu_of(gpu).has_wgmma]
+    if quick:
+        hoppers = list({dataclasses.replace(gpu_of(gpu), kind=""): gpu for gpu in hoppers}.values())
+    calls = [("bfloat16", H, kind, split) for kind in MOSAIC_KINDS for H in MOSAIC_HEAD_DIMS for split in (2048, None)]
+    calls.append(("float16", 128, "causal", 2048))
+    jobs = []
+    for gpu in hoppers:
+        for dtype, H, kind, split in calls:
+            name = f"{dtype} {H} {kind}{'' if split else ' unsplit'}"
+            workload = Workload(name, B=2, N=8, K=2, H=H, Hv=H, dtype=dtype, split_size=split, **MOSAIC_KINDS[kind])
+            jobs.append(MosaicJob(gpu, workload, kind))
+    return jobs
 
 
 def _power_of_two(size: int) -> int:
@@ -272,19 +410,13 @@ def fault_of(tile: Tile, facts: dict, limit: int) -> str:
     return ""
 
 
-def judge(job: Job, report: dict[str, dict]) -> list[dict]:
-    """One row per kernel of a compiled job."""
-    launched = {name: tile for name, tile in job.tiles.items() if name in report}
-    expected = {"decode"} if job.is_decode else {"forward", "dkdv", "dq"}
-    if {name.split("_")[1] for name in launched} != expected:
-        raise RuntimeError(f"expected {', '.join(sorted(expected))} among the compiled kernels; got {', '.join(report)}")
-    limit = gpu_of(job.gpu).shared_memory
-    rows = []
-    for name, tile in launched.items():
-        shape = f"{tile.block_q}x{tile.block_k} {tile.num_warps}w {tile.num_stages}s"
-        row = {"gpu": job.gpu, "workload": job.workload.name, "kernel": KERNELS[name], "tile": shape, "limit": limit}
-        rows.append(row | report[name] | {"fault": fault_of(tile, report[name], limit)})
-    return rows
+def mosaic_fault_of(facts: dict, allowed_spills: int) -> str:
+    """What is wrong with a Mosaic GPU kernel; "" nothing. One that takes too much shared memory does not lower."""
+    if facts["losses"]:
+        return "; ".join(facts["losses"])
+    if facts["spills"] > allowed_spills:
+        return f"spills more than the {allowed_spills} B that MOSAIC_SPILLS allows"
+    return ""
 
 
 # ---- the run
@@ -294,7 +426,7 @@ def compile_job(job: Job) -> list[dict]:
     """The job's rows; one row of kernel "all" where it does not compile."""
     start = time.perf_counter()
     try:
-        rows = judge(job, job.report())
+        rows = job.judge(job.report())
     except Exception as error:
         rows = failed(job, f"{type(error).__name__}: {error}")
     return [{**row, "seconds": round(time.perf_counter() - start, 2)} for row in rows]
@@ -352,7 +484,10 @@ def line(row: dict) -> str:
     if "registers" in row:
         facts += f"{row['threads']:4} threads {row['registers']:4} registers {row['spills']:5} B spilled "
         facts += f"{row['shared_memory']:7} of {row['limit']} B shared  {row['tensor_core']:16}"
-    return f"{row['gpu']:12} {row['workload']:28} {facts}" + (f"  FAULT: {row['fault']}" if row["fault"] else "")
+        if "computing" in row:
+            facts += f" {row['computing']} registers computing, {row['allowed_spills']} B spills allowed"
+        facts += "".join(f" {loss}" for loss in row["losses"] if loss not in row["fault"])
+    return f"{row['gpu']:12} {row['workload']:31} {facts}" + (f"  FAULT: {row['fault']}" if row["fault"] else "")
 
 
 def main() -> int:
@@ -367,13 +502,22 @@ def main() -> int:
         print(reason)
         return 2
 
-    jobs, rows, start = jobs_for(arguments.gpu or list(TARGETS), arguments.quick), [], time.perf_counter()
+    gpus = arguments.gpu or list(TARGETS)
+    jobs, rows, start = jobs_for(gpus, arguments.quick), [], time.perf_counter()
+    if is_recent_enough():
+        jobs += mosaic_jobs_for(gpus, arguments.quick)
+    else:
+        print(f"no kernel of Mosaic GPU: it needs jax 0.11 or newer, and this is {jax.__version__}")
     for done, job_rows in enumerate(compile_all(jobs, arguments.workers), 1):
         rows += job_rows
         for row in job_rows:
             print(f"{done:3}/{len(jobs)} {time.perf_counter() - start:4.0f} s  {line(row)}", flush=True)
     faults = [row for row in rows if row["fault"]]
-    print(f"{len(rows)} kernels of {len(jobs)} calls compiled with jax {jax.__version__}: {len(faults)} faults")
+    mosaic = sum("computing" in row for row in rows)
+    print(
+        f"{len(rows)} kernels of {len(jobs)} calls, {mosaic} of them through Mosaic GPU, compiled with jax {jax.__version__} "
+        f"in {time.perf_counter() - start:.0f} s: {len(faults)} faults"
+    )
     for row in faults:
         print(line(row))
     if arguments.out:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import flashcore_jax
 from benchmarks import aot, hlo
+from flashcore_jax.kernels.mosaic_gpu.launch import is_recent_enough
 from flashcore_jax.tuning.gpus import gpu_of
 
 GPUS = list(aot.TARGETS)
@@ -41,6 +42,21 @@ def test_kernels_compile(gpu, kind, kernels):
         assert 0 < row["shared_memory"] <= row["limit"]
         assert row["threads"] % 128 == 0
         assert row["tensor_core"] == ("wgmma.mma_async" if gpu == "NVIDIA H200" else "mma.sync")
+
+
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+@pytest.mark.skipif(not is_recent_enough(), reason="Mosaic GPU needs jax 0.11")
+def test_mosaic_kernels_compile():
+    job = next(job for job in aot.mosaic_jobs_for(["NVIDIA H200"], quick=True) if job.workload.name == "bfloat16 64 causal")
+    (rows,) = aot.compile_all([job], workers=1)
+    assert [row["kernel"] for row in rows] == ["closing", "dkdv", "dq"]
+    for row in rows:
+        assert not row["fault"], row
+        assert 0 < row["registers"] < row["computing"] <= 255
+        assert 0 < row["shared_memory"] <= row["limit"]
+        assert row["threads"] % 128 == 0
+        assert row["tensor_core"] == "wgmma.mma_async"
+        assert not row["losses"]
 
 
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
@@ -209,16 +225,43 @@ def test_an_aborting_compiler_costs_one_job():
 
 def test_verdicts():
     job = aot.Job("NVIDIA L4", CAUSAL)
-    fine = {"registers": 128, "spills": 0, "shared_memory": 65536, "threads": 128, "tensor_core": "mma.sync"}
+    fine = {"registers": 128, "spills": 0, "losses": [], "shared_memory": 65536, "threads": 128, "tensor_core": "mma.sync"}
     report = {"flashcore_forward_closing": fine, "flashcore_dkdv": fine, "flashcore_dq": fine}
-    assert [row["fault"] for row in aot.judge(job, report)] == ["", "", ""]
+    assert [row["fault"] for row in job.judge(report)] == ["", "", ""]
     with pytest.raises(RuntimeError, match=r"got flashcore_forward_closing$"):
-        aot.judge(job, {"flashcore_forward_closing": fine})
+        job.judge({"flashcore_forward_closing": fine})
 
     tile = dataclasses.replace(job.tiles["flashcore_dq"], spills="")
     assert aot.fault_of(tile, fine | {"shared_memory": 200_000}, limit=101376).startswith("more shared memory")
     assert aot.fault_of(tile, fine | {"spills": 8}, limit=101376).startswith("spills registers")
     assert aot.fault_of(dataclasses.replace(tile, spills="because"), fine | {"spills": 8}, limit=101376) == ""
+
+
+PTXAS = """
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 13 by compiler to allow use of registers in GMMA in function 'f'
+ptxas info    : Compiling entry function 'f' for 'sm_90a'
+ptxas info    : Function properties for f
+    64 bytes stack frame, 64 bytes spill stores, 68 bytes spill loads
+ptxas info    : Used 128 registers, used 16 barriers, 64 bytes cumulative stack size, 1 bytes smem
+"""
+SERIALISED = "(C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to an overlap in function 'f'"
+
+
+def test_mosaic_verdicts():
+    facts = aot.ptxas_facts(PTXAS, "")["f"]
+    assert (facts["registers"], facts["spills"], facts["losses"]) == (128, 132, [])
+    assert aot.mosaic_fault_of(facts, allowed_spills=132) == ""
+    assert aot.mosaic_fault_of(facts, allowed_spills=131).startswith("spills more than the 131 B")
+    facts = aot.ptxas_facts(f"ptxas info    : {SERIALISED}\n{PTXAS}", "")["f"]
+    assert aot.mosaic_fault_of(facts, allowed_spills=200) == SERIALISED
+
+
+def test_mosaic_is_compiled_for_hopper_alone():
+    def gpus(quick):
+        return {job.gpu for job in aot.mosaic_jobs_for(GPUS, quick)}
+
+    assert gpus(quick=False) == {"NVIDIA H100", "NVIDIA H200"}
+    assert gpus(quick=True) == {"NVIDIA H200"}
 
 
 def test_quick_compiles_every_tile():
