@@ -59,9 +59,10 @@ def attention(
         `DotAlgorithmPreset` to trade it. 16-bit inputs are multiplied exactly and accumulated in float32 in any case.
       split_size: keys per partial sum, a multiple of 128. It fixes the order of additions, and with it the bits, whatever
         the batch, the padding and the length. None lets each implementation choose: fastest, not exact across calls.
-      implementation: "triton" (Pallas kernels for NVIDIA GPUs of compute capability 8.0 or newer), "xla" (plain JAX, any
-        platform), or None for the best that runs this call here. A named one runs or raises, and never changes the
-        meaning. "triton" without a GPU runs in Pallas's interpreter: slow, with an `InterpretWarning`.
+      implementation: "mosaic_gpu" (Pallas kernels for NVIDIA Hopper GPUs, 16 bits, head dims 64, 128 and 256), "triton" (for
+        NVIDIA GPUs of compute capability 8.0 or newer), "xla" (plain JAX, any platform), or None for the first of these that
+        runs this call here. A named one runs or raises, and never changes the meaning. "triton" without a GPU runs in
+        Pallas's interpreter: slow, with an `InterpretWarning`.
       return_lse: return the log-sum-exp too.
 
     Returns:
@@ -71,9 +72,9 @@ def attention(
 
     Raises:
       ArgumentError: (a ValueError) shapes, dtypes or options that do not fit, when traced.
-      Unsupported: (a NotImplementedError) the named implementation cannot run this call, or its derivative: "triton" has
-        first-order reverse mode, "xla" has every mode and order. (`jax.jit` of a `jax.jvp` through "triton" meets JAX's own
-        TypeError about custom_vjp instead.)
+      Unsupported: (a NotImplementedError) the named implementation cannot run this call, or its derivative: "mosaic_gpu" and
+        "triton" have first-order reverse mode, "xla" has every mode and order. (`jax.jit` of a `jax.jvp` through the first two
+        meets JAX's own TypeError about custom_vjp instead.)
 
     Example:
       >>> out = attention(query, key, value, is_causal=True)

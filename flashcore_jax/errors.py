@@ -32,7 +32,7 @@ class Unsupported(NotImplementedError):
 
 
 class InterpretWarning(UserWarning):
-    """A GPU implementation was named where there is no such GPU: its kernels run in Pallas's interpreter, slowly."""
+    """Implementation "triton" was named where there is no NVIDIA GPU: its kernels run in Pallas's interpreter, slowly."""
 
 
 Check = tuple[bool, type[ArgumentError], str, object, str]
