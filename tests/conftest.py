@@ -40,12 +40,6 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="means something on an NVIDIA GPU only"))
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
-def any_implementation(request) -> str:
-    """As `implementation`, and the one that no interpreter knows: its tests ask `requires` whether it takes their call."""
-    return request.param
-
-
 def requires(implementation: str, query, key, value, **options):
     """Skips the test if this implementation is `mosaic_gpu` and declines the call, and tells why."""
     reason = implementation == "mosaic_gpu" and flashcore_jax.explain(query, key, value, **options).reasons[implementation]

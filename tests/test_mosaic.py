@@ -1,5 +1,6 @@
 """The Hopper kernels against the Triton ones: the same bits, in every call that they take."""
 
+import dataclasses
 import functools
 
 import chex
@@ -11,10 +12,12 @@ from conftest import on_gpu
 
 import flashcore_jax
 from flashcore_jax import KVCache, Unsupported, implementations
+from flashcore_jax.kernels.mosaic_gpu import implementation
 from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
 from flashcore_jax.problem import problem_of
+from flashcore_jax.rows import Rows
 from flashcore_jax.testing import Workload, assert_right, evaluate, inputs, oracle
-from flashcore_jax.tuning.gpus import target_gpu
+from flashcore_jax.tuning.gpus import gpu_of, target_gpu
 
 HERE = on_gpu() and target_gpu().has_wgmma
 on_hopper = pytest.mark.skipif(not HERE, reason="means something on an NVIDIA Hopper GPU only")
@@ -146,6 +149,25 @@ def test_it_is_the_default_for_what_it_takes():
     arrays = inputs(workload(300, 300))[:3]
     assert flashcore_jax.explain(*arrays).implementation == "mosaic_gpu"
     assert flashcore_jax.explain(*(x.astype(jnp.float32) for x in arrays)).implementation == "triton"
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+@pytest.mark.parametrize("split_size", [512, 2048, None])
+@pytest.mark.parametrize(("H", "Hv"), [(64, 64), (64, 128), (128, 64), (128, 128), (256, 64), (256, 256)])
+def test_the_shipped_tiles_add_up_keys_in_its_blocks(monkeypatch, gpu, split_size, H, Hv):
+    monkeypatch.setattr(implementation, "target_gpu", lambda: gpu_of(gpu))
+    assert implementation._has_its_blocks(problem_of(*inputs(workload(256, 4096, 8, 2, H, Hv=Hv))[:3], split_size=split_size))
+
+
+@pytest.mark.parametrize("field", ["forward", "closing", "decode"])
+def test_with_other_blocks_the_call_is_for_triton(monkeypatch, field):
+    """A prefill of Hopper's kernel beside a decode in the user's own blocks would have other bits."""
+    problem = problem_of(*inputs(workload(256, 256))[:3])
+    tiles = implementation.tiles_for(gpu_of("NVIDIA H200"), problem)
+    other = dataclasses.replace(getattr(tiles, field), block_k=128)
+    monkeypatch.setattr(implementation, "tiles_for", lambda *_: dataclasses.replace(tiles, **{field: other}))
+    monkeypatch.setattr(implementation.triton, "forward", lambda *_: "Triton's")
+    assert implementation.forward(None, None, None, Rows(), problem) == "Triton's"
 
 
 @pytest.mark.skipif(on_gpu(), reason="there is a GPU")

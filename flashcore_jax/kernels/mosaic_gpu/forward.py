@@ -1,8 +1,8 @@
 """Attention forward on Hopper: warpgroups that compute, one that fetches, programs that stay for one tile after the other.
 
 A program holds 192 queries of a head, 64 to each of three warpgroups (head dim 256: 128, two); one more brings the keys and values
-by the copy engine. A warpgroup issues the products of a block of keys and those of the last block's probabilities together, and
-computes its softmax while the second is in flight. The others keep the tensor cores busy through its waits.
+by the copy engine. A warpgroup issues the products of a block of keys and those of the last block's probabilities together; while it
+waits for them and computes its softmax, the others keep the tensor cores busy.
 
 The key grid, the splits and every addition are those of kernels/triton/forward.py, in the same order: the bits are the same.
 The running total of closed splits, which costs the Triton kernel its registers, rests in memory: shared where there is room.
@@ -23,14 +23,13 @@ from flashcore_jax import online_softmax
 from flashcore_jax.kernels.mosaic_gpu import registers
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
 from flashcore_jax.kernels.mosaic_gpu.registers import ROWS, as_row, as_tile, over_columns
-from flashcore_jax.kernels.mosaic_gpu.schedule import Schedule, schedule_of
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK_K, Schedule, schedule_of
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import Band, BlockRange, quotient, remainder, visible_blocks
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.gpus import Gpu
 
-BLOCK_K = 64  # of every Triton tile too
 _PIECE = 128  # columns of the output that leave through shared memory together
 
 

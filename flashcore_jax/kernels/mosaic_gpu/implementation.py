@@ -5,11 +5,13 @@ What needs the route is imported when it is known to be there.
 """
 
 from flashcore_jax.kernels import triton
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK_K
 from flashcore_jax.kernels.triton import append
 from flashcore_jax.kernels.triton.decode import suits as _suits_decode
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.gpus import target_gpu
+from flashcore_jax.tuning.tiles import tiles_for
 
 __all__ = ["append", "backward", "forward", "unsupported"]
 
@@ -38,9 +40,15 @@ def _is_addressable(problem: Problem) -> bool:
     return min(p.T, p.S) >= _SHORTEST and p.T % _ROWS == p.S % _ROWS == 0
 
 
+def _has_its_blocks(problem: Problem) -> bool:
+    """Whether the Triton kernels, decode among them, add up keys in this kernel's blocks: tiles of the user's own may have others."""
+    tiles = tiles_for(target_gpu(), problem)
+    return {tiles.forward.block_k, tiles.closing.block_k, tiles.decode.block_k} == {BLOCK_K}
+
+
 def forward(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
-    if _suits_decode(problem) or not _is_addressable(problem):
+    if _suits_decode(problem) or not _is_addressable(problem) or not _has_its_blocks(problem):
         return triton.forward(query, key, value, rows, problem)
     from flashcore_jax.kernels.mosaic_gpu.forward import forward
 

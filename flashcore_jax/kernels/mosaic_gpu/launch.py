@@ -1,6 +1,7 @@
 """The seam to Pallas's Mosaic GPU route: what depends on its API, young and still moving, stands here and in registers.py."""
 
 import jax
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SWIZZLE = 128  # bytes: the widest pattern, for rows of at least so many
@@ -13,7 +14,7 @@ def is_recent_enough() -> bool:
 
 def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch):
     """Runs `kernel` in so many programs of so many warpgroups; `lax.axis_index` gives the number of "program" and "warpgroup"."""
-    return plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(programs,),
@@ -25,6 +26,14 @@ def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_typ
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name=name,
     )(*operands)
+    return tuple(_varying_as(operands, x) for x in results)
+
+
+def _varying_as(operands, result):
+    """The result, said to vary over the mesh axes that an operand varies over: what shard_map's checks ask for, and Pallas forgets."""
+    axes = {axis for x in operands for axis in jax.typeof(x).manual_axis_type.varying}
+    missing = tuple(sorted(axes - set(jax.typeof(result).manual_axis_type.varying)))
+    return lax.pcast(result, missing, to="varying") if missing else result
 
 
 def shared(shape: tuple[int, ...], dtype):
