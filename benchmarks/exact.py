@@ -80,13 +80,26 @@ def errors(cell: Cell, results, exact) -> dict[str, float]:
     if cell.cached:
         parts = ((results[0][row, :, head * G : (head + 1) * G], *truth) for (row, head), truth in exact.items())
         return {"out": float(np.max([_output_error(cell, *part) for part in parts]))}
-    exact_out, weight, *exact_gradients = exact
-    truths = exact_out, *exact_gradients
-    got = [np.asarray(x[-1, :, -heads:], np.float64).reshape(e.shape) for x, heads, e in zip(results, (G, G, 1, 1), truths, strict=False)]
-    found = {"out": _output_error(cell, got[0], exact_out, weight)}
-    for name, x, e in zip(("dq", "dk", "dv"), got[1:], exact_gradients, strict=False):
-        found[name] = np.sqrt(np.mean(np.square(x - e)) / np.mean(np.square(e))) / GRADIENT_GATE[cell.dtype]
-    return {name: float(error) for name, error in found.items()}
+    exact_out, weight, *_ = exact
+    (got, _), *_ = _checked_part(cell, results, (exact_out,))
+    gradients = {name: error / GRADIENT_GATE[cell.dtype] for name, error in relative(cell, results, exact).items() if name != "out"}
+    return {"out": float(_output_error(cell, got, exact_out, weight))} | gradients
+
+
+def relative(cell: Cell, results, exact) -> dict[str, float]:
+    """Of a cell without a cache, each result's root mean square error as a fraction of the root mean square of what is exact."""
+    exact_out, _, *exact_gradients = exact
+    found = {}
+    for name, (got, e) in zip(("out", "dq", "dk", "dv"), _checked_part(cell, results, (exact_out, *exact_gradients)), strict=False):
+        found[name] = float(np.sqrt(np.mean(np.square(got - e)) / np.mean(np.square(e))))
+    return found
+
+
+def _checked_part(cell: Cell, results, truths):
+    """(result, truth) of what is checked, in float64."""
+    G = cell.N // cell.K
+    for x, heads, e in zip(results, (G, G, 1, 1), truths, strict=False):
+        yield np.asarray(x[-1, :, -heads:], np.float64).reshape(e.shape), e
 
 
 def _output_error(cell: Cell, got, exact, weight):

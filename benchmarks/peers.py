@@ -222,5 +222,6 @@ DEFAULT = {
     "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name not in ("flashcore_xla", "flashcore_triton")),
     "lengths": (OURS, BASELINE, "pallas_triton", "tokamax_triton", "tokamax_mosaic"),
     "latency": (OURS, BASELINE),
+    "float32": (OURS, BASELINE, "xla"),
 }
 QUICK = ("flashcore", "flashcore_nosplit", "flashcore_xla", "xla", "cudnn")

@@ -261,6 +261,19 @@ def latency_section(results: Results) -> list[str]:
     return [*lines, "", tables.times(results, "fwd")]
 
 
+def float32_section(results: Results) -> list[str]:
+    return [
+        (
+            "Cells of the board with float32 inputs, whose products are float32-level by default (three TF32 products each), beside themselves in bfloat16. "
+            "Errors: root mean square against float64, as a fraction of the result's own; after the slash, of the worst gradient. cuDNN "
+            "has no float32.\n"
+        ),
+        tables.dtypes(results),
+        "",
+        *(tables.times(results, direction) + "\n" for direction in DIRECTIONS if results.contenders(direction)),
+    ]
+
+
 def memory_section(results: Results) -> list[str]:
     cell = Cell(**next(iter(next(iter(results.memory.values())).values()))["cell"])
     return [
@@ -275,6 +288,7 @@ SECTIONS = {
     "decode": decode_section,
     "loops": loops_section,
     "latency": latency_section,
+    "float32": float32_section,
 }
 
 

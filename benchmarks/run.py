@@ -181,7 +181,8 @@ def _guarded(cell, records):
 
 def measure_cell(cell: Cell, compiled: dict, names, directions, samples: int):
     """Yields the cell's records."""
-    one_set = sum(2 * int(np.prod(s)) for s in (cell.query_shape, cell.key_shape, cell.key_shape))
+    itemsize = jnp.dtype(cell.dtype).itemsize
+    one_set = sum(itemsize * int(np.prod(s)) for s in (cell.query_shape, cell.key_shape, cell.key_shape))
     input_sets = [random_inputs(cell, key) for key in jax.random.split(jax.random.key(0), timing.copies_needed(one_set))]
     try:
         if cell.cached:
@@ -220,6 +221,8 @@ def measure(cell: Cell, direction: str, programs: dict, input_sets, truth, sampl
                 )
             found = {} if truth is None else exact.errors(cell, results, truth)
             records[name]["errors"] = found
+            if truth is not None and not cell.cached:
+                records[name]["relative"] = exact.relative(cell, results, truth)
             del results
         except Exception as e:
             stop(name, e)

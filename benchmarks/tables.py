@@ -130,6 +130,27 @@ def latency(results: Results, cells, head: str, figure) -> str:
     return table([head, *map(label, names)], [[title, *(figure(cell, name) or ABSENT for name in names)] for title, cell in cells.items()])
 
 
+def dtypes(results: Results) -> str:
+    """Our float32 beside our bfloat16, cell by cell: "NAME-float32" and "NAME-bfloat16"."""
+
+    def row(name, cell):
+        found = []
+        for direction in DIRECTIONS:
+            wide, narrow = (results.ok(f"{name}-{dtype}", direction, OURS) for dtype in ("float32", "bfloat16"))
+            times = [r["time_us"]["median"] if r else None for r in (wide, narrow)]
+            found += [number(t, 1) if t else ABSENT for t in times]
+            found.append(f"{times[0] / times[1]:.2f}" if all(times) else ABSENT)
+            errors = wide.get("relative", {}) if wide else {}
+            gradients = [error for result, error in errors.items() if result != "out"]
+            found.append(" / ".join(f"{e:.1e}" for e in (errors.get("out"), max(gradients, default=None)) if e is not None) or ABSENT)
+        return [f"{name}: {cell}", *found]
+
+    names = {cell.name.removesuffix("-float32"): cell for cell in results.cells.values() if cell.dtype == "float32"}
+    figures = ["µs in float32", "in bfloat16", "quotient", "float32's error"]
+    head = [SHAPE, *(f"{TITLES[direction].lower()}: {figure}" for direction in DIRECTIONS for figure in figures)]
+    return table(head, [row(name, cell) for name, cell in names.items()])
+
+
 def memory(results: Results) -> str:
     columns = [(name, direction) for name in PEERS for direction in DIRECTIONS if (name, direction) in results.memory]
     lengths = sorted({T for found in results.memory.values() for T in found})

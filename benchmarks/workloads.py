@@ -180,7 +180,15 @@ def _latency(lengths, heads, dtype="float16", **sizes) -> tuple[Cell, ...]:
 
 
 LATENCY = _latency((512, 2048), (8, 16, 32, 64, 96, 128), B=16, N=32, K=8, H=64)
-BOARDS = {"prefill": PREFILL, "lengths": LENGTHS, "decode": DECODE, "loops": LOOPS, "latency": LATENCY}
+
+
+def _in_both_dtypes(cells) -> tuple[Cell, ...]:
+    return tuple(dataclasses.replace(cell, name=f"{cell.name}-{d}", dtype=d) for cell in cells for d in ("float32", "bfloat16"))
+
+
+# What float32's accuracy costs: each cell beside itself in bfloat16.
+FLOAT32 = _in_both_dtypes(cell for cell in PREFILL if cell.name in ("P1", "P2", "P5", "P6"))
+BOARDS = {"prefill": PREFILL, "lengths": LENGTHS, "decode": DECODE, "loops": LOOPS, "latency": LATENCY, "float32": FLOAT32}
 # The cells of a board's geometric mean. Chunked prefill is no decode.
 SUMMARIES = {"prefill": tuple(f"P{i}" for i in range(1, 9)), "decode": tuple(f"D{i}" for i in range(1, 13))}
 
@@ -191,6 +199,7 @@ QUICK_BOARDS = {
     "decode": (Cell("D5", 4, 1, 4, 2, 32, S=256, shortest=4), Cell("C1", 2, 32, 2, 1, 32, S=128)),
     "loops": (Loop("L1", 2, 128, 4, 2, 32, layers=2), Loop("L2", 2, 128, 4, 2, 32, steps=3)),
     "latency": _latency((64,), (2,), "bfloat16", B=1, N=2, K=1, H=32),
+    "float32": _in_both_dtypes([Cell("P1", 1, 64, 2, 1, 32)]),
 }
 
 # Temp memory against T: one row of a long context, grouped heads.
@@ -199,7 +208,7 @@ QUICK_MEMORY = tuple(Cell(f"M{t}", 1, t, 2, 1, 32) for t in (64, 128))
 
 
 def directions(board: str) -> tuple[str, ...]:
-    return DIRECTIONS if board in ("prefill", "lengths") else DIRECTIONS[:1]
+    return DIRECTIONS if board in ("prefill", "lengths", "float32") else DIRECTIONS[:1]
 
 
 def cell_of(board: str, facts: dict) -> Cell | Loop:

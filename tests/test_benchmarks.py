@@ -91,6 +91,14 @@ def test_both_forms_of_a_loop_compute_the_same(records):
         assert isinstance(r["copies"], dict)  # what a CPU copies in interpret mode says nothing
 
 
+def test_an_error_is_relative_to_the_result_and_tells_the_dtypes_apart(records):
+    for r in timed(records, "float32"):
+        if r["status"] == "ok":
+            low, high = {"float32": (0, 2e-6), "bfloat16": (5e-4, 2e-2)}[r["cell"]["dtype"]]
+            assert set(r["relative"]) == set(r["errors"])
+            assert all(low < error < high for error in r["relative"].values()), r
+
+
 def test_memory_and_ceilings_are_recorded(records):
     assert {r["name"] for r in records if r["kind"] == "ceiling"} == {"matmul", "copy", "read"}
     assert {(r["cell"]["T"], r["direction"]) for r in records if r["kind"] == "memory" and r["status"] == "ok"} == {
@@ -107,7 +115,7 @@ def test_report_renders_and_knows_when_it_is_stale(results_file, tmp_path):
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
     text = (tmp_path / "docs/performance.md").read_text()
-    assert all(f"## {title}\n" in text for title in ("Prefill", "Forward + backward", "Lengths", "Decode", "Loops", "Latency"))
+    assert all(f"## {title}\n" in text for title in ("Prefill", "Forward + backward", "Lengths", "Decode", "Loops", "Latency", "Float32"))
     assert text.count("Wall time of one call") == 1  # of the one run, once
     assert "needs an NVIDIA GPU" in text
     pictures = {file.name for file in (tmp_path / "docs/images").iterdir()}
