@@ -1,6 +1,6 @@
 """Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
 
-    python -m benchmarks.run --board prefill lengths decode loops latency --memory --out benchmarks/results/NAME.jsonl
+    python -m benchmarks.run --board prefill lengths decode loops latency float32 --memory --out benchmarks/results/NAME.jsonl
     python -m benchmarks.run --board decode --cells D1,D5 --peers flashcore,cudnn --out x.jsonl
     python -m benchmarks.run --quick --memory --out x.jsonl          # tiny cells, also on a CPU
 
