@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import IMPLEMENTATIONS, on_gpu, requires
+from conftest import IMPLEMENTATIONS, on_gpu
 
 import flashcore_jax
 from flashcore_jax.kernels.triton.backward import backward
@@ -20,7 +20,7 @@ HERE = [w for w in WORKLOADS if on_gpu() or not w.large]
 # "mosaic_gpu" hands short calls to the Triton kernels, and declines what is not for its head dims; test_mosaic.py has more of its own.
 TAKEN_BY_MOSAIC = [w for w in HERE if w.large and w.dtype != "float32" and {w.H, w.Hv} <= {64, 128, 256}]
 CASES = [
-    pytest.param(implementation, w, id=f"{implementation}-{w}")
+    pytest.param(implementation, w, id=f"{implementation}-{w}", marks=[pytest.mark.hopper] * (implementation == "mosaic_gpu"))
     for implementation, workloads in (*((name, HERE) for name in IMPLEMENTATIONS), ("mosaic_gpu", TAKEN_BY_MOSAIC))
     for w in workloads
 ]
@@ -30,7 +30,6 @@ CASES = [
 def test_forward_lse_and_gradients(implementation, workload):
     w = workload
     arrays = inputs(w)
-    requires(implementation, *arrays[:3])
     attention = functools.partial(flashcore_jax.attention, implementation=implementation, split_size=w.split_size)
     results = evaluate(attention, arrays, **w.options)
     chex.assert_shape(results.out, (w.B, w.T, w.N, w.Hv))

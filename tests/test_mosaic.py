@@ -17,10 +17,7 @@ from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
 from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows
 from flashcore_jax.testing import Workload, assert_right, evaluate, inputs, oracle
-from flashcore_jax.tuning.gpus import gpu_of, target_gpu
-
-HERE = on_gpu() and target_gpu().has_wgmma
-on_hopper = pytest.mark.skipif(not HERE, reason="means something on an NVIDIA Hopper GPU only")
+from flashcore_jax.tuning.gpus import gpu_of
 
 
 def workload(T, S, N=4, K=2, H=128, dtype="bfloat16", B=2, Hv=None, **options) -> Workload:
@@ -63,7 +60,7 @@ CALLS = {
 }  # fmt: skip
 
 
-@on_hopper
+@pytest.mark.hopper
 @pytest.mark.parametrize("name", CALLS)
 def test_the_bits_are_those_of_triton(name):
     """Of output and log-sum-exp. The gradients are right, where their additions have another order, and else Triton's too."""
@@ -82,7 +79,7 @@ def test_the_bits_are_those_of_triton(name):
         assert_right(results["mosaic_gpu"], oracle(arrays, **w.options))
 
 
-@on_hopper
+@pytest.mark.hopper
 def test_what_lies_beyond_the_lengths_is_not_read():
     w = CALLS["lengths, causal, splits"]
     query, key, value = inputs(w)[:3]
@@ -104,7 +101,7 @@ def test_what_lies_beyond_the_lengths_is_not_read():
         chex.assert_trees_all_equal(filled(poison), clean)
 
 
-@on_hopper
+@pytest.mark.hopper
 @pytest.mark.parametrize("layers", [None, 3])
 def test_a_long_chunk_on_a_cache_has_the_bits_of_triton(layers):
     B, T, S, K, N, H = 3, 304, 1504, 2, 8, 128
@@ -128,7 +125,7 @@ def test_a_long_chunk_on_a_cache_has_the_bits_of_triton(layers):
     assert np.isfinite(got[0][:2]).all()
 
 
-@on_hopper
+@pytest.mark.hopper
 def test_the_same_call_gives_the_same_bits():
     arrays = inputs(workload(1000, 3000, 16, 4, is_causal=True))[:3]
     run = jax.jit(functools.partial(flashcore_jax.attention, is_causal=True, implementation="mosaic_gpu", return_lse=True))
@@ -137,14 +134,14 @@ def test_the_same_call_gives_the_same_bits():
     assert all(same(run(*arrays), first) for _ in range(1000))
 
 
-@on_hopper
+@pytest.mark.hopper
 def test_vmap():
     arrays = [jnp.stack([x, x[::-1]]) for x in inputs(workload(304, 400, is_causal=True))[:3]]
     run = functools.partial(flashcore_jax.attention, is_causal=True, implementation="mosaic_gpu")
     chex.assert_trees_all_equal(jax.jit(jax.vmap(run))(*arrays), jnp.stack([run(*(x[i] for x in arrays)) for i in (0, 1)]))
 
 
-@on_hopper
+@pytest.mark.hopper
 def test_it_is_the_default_for_what_it_takes():
     arrays = inputs(workload(300, 300))[:3]
     assert flashcore_jax.explain(*arrays).implementation == "mosaic_gpu"
