@@ -89,9 +89,6 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
     band, width = p.band.transposed, plan.computing * ROWS
     ever_masked = band.left is not None or band.right is not None or p.S % _BLOCK != 0 or p.T % _BLOCK != 0
 
-    def all_turns(run):
-        lax.fori_loop(jnp.int32(0), schedule.turns(table_ref, program), run, jnp.int32(0))
-
     @pl.when(warpgroup == plan.computing)
     def _():
         plgpu.set_max_registers(plan.fetching, action="decrease")
@@ -128,7 +125,7 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
 
             return lax.fori_loop(jnp.int32(0), jnp.int32(p.G), fetch_head, fetched)
 
-        all_turns(fetch_tile)
+        schedule.for_turns(table_ref, program, fetch_tile)
 
     @pl.when(warpgroup < plan.computing)
     def _():
@@ -197,7 +194,7 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
             plgpu.barrier_arrive(own_free.at[warpgroup])
             return fetched + p.G * count
 
-        all_turns(compute_tile)
+        schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -207,9 +204,6 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     width = plan.computing * ROWS
     ever_masked = p.band.left is not None or p.band.right is not None or p.S % _BLOCK != 0
-
-    def all_turns(run):
-        lax.fori_loop(jnp.int32(0), schedule.turns(table_ref, program), run, jnp.int32(0))
 
     @pl.when(warpgroup == plan.computing)
     def _():
@@ -244,7 +238,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
 
             return lax.fori_loop(blocks.start, blocks.stop, fetch, fetched)
 
-        all_turns(fetch_tile)
+        schedule.for_turns(table_ref, program, fetch_tile)
 
     @pl.when(warpgroup < plan.computing)
     def _():
@@ -303,7 +297,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
             plgpu.barrier_arrive(own_free.at[warpgroup])
             return fetched + (everyone.stop - everyone.start)
 
-        all_turns(compute_tile)
+        schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
 

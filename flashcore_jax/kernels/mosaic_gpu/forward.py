@@ -83,10 +83,6 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
     def blocks_of(first_query, size, lengths):
         return visible_blocks(first_query, size, *lengths, p.band, BLOCK_K)
 
-    def all_turns(run):
-        """Calls `run(turn, blocks fetched before it)`, which tells how many it needs, for every tile."""
-        lax.fori_loop(jnp.int32(0), schedule.turns(table_ref, program), run, jnp.int32(0))
-
     @pl.when(warpgroup == plan.computing)
     def _():
         plgpu.set_max_registers(plan.fetching, action="decrease")
@@ -122,7 +118,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_full.at[w])
             return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
 
-        all_turns(fetch_tile)
+        schedule.for_turns(table_ref, program, fetch_tile)
 
     @pl.when(warpgroup < plan.computing)
     def _():
@@ -180,7 +176,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                     plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[b, n, rows])
             return everyone.stop
 
-        all_turns(compute_tile)
+        schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -8,7 +8,9 @@ in all others 3 % at most.
 import dataclasses
 import heapq
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flashcore_jax.masks import quotient
 from flashcore_jax.problem import Problem
@@ -31,8 +33,9 @@ class Schedule:
     def programs(self) -> int:
         return self.table.shape[0]
 
-    def turns(self, table_ref, program):
-        return table_ref[program, 0] * self.at_once
+    def for_turns(self, table_ref, program, run):
+        """Calls `run(turn, blocks fetched before it)`, which tells how many were fetched after it, for every tile of a program."""
+        lax.fori_loop(jnp.int32(0), table_ref[program, 0] * self.at_once, run, jnp.int32(0))
 
     def tile(self, table_ref, program, turn):
         """(row of the batch, head, first query) of a program's turn."""
