@@ -6,6 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 --xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
 os.environ["FLASHCORE_TILES"] = ""  # the shipped tiles, whatever the developer has tuned
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest-xdist's workers share the GPU
+# One thread for each worker's oracles: numpy's threads of all workers together take minutes for what one does in a second.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

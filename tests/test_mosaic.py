@@ -56,6 +56,11 @@ CALLS = {
         400, 704, 6, 2, 256, B=4, is_causal=True, split_size=128, local_window_size=(200, 64), logits_soft_cap=5.0, **_LENGTHS
     ),
     "head dim 256, float16, full": workload(264, 1000, H=256, dtype="float16"),
+    "head dim 256, groups": workload(520, 712, 6, 2, 256, is_causal=True),
+    "head dim 256, soft cap, groups, window": workload(
+        1000, 1000, 8, 2, 256, is_causal=True, local_window_size=(300, 0), logits_soft_cap=3.0
+    ),
+    "head dim 256, window, more keys": workload(304, 704, 4, 2, 256, local_window_size=(200, 60)),
     "many heads": workload(256, 2304, 48, 8, B=3, is_causal=True),
 }  # fmt: skip
 
@@ -192,6 +197,10 @@ def test_every_tile_is_computed_once_and_no_program_has_much_more_to_do(T, B, N,
     )(jnp.arange(schedule.programs, dtype=jnp.int32))  # fmt: skip
     tiles = [np.asarray(mine[:count]) for mine, count in zip(tiles, turns, strict=True)]
     found = sorted(map(tuple, np.concatenate(tiles).tolist()))
-    assert found == [(b, n, first) for b in range(B) for n in range(N) for first in range(0, T, 192)]
+    # The tile that is not full is the cheapest: of a causal call the first.
+    before = -T // 64 * 64 % 192 if is_causal else 0
+    assert found == [(b, n, first) for b in range(B) for n in range(N) for first in range(-before, T, 192)]
+    assert before % 64 == 0
+    assert not is_causal or max(found)[2] + 192 - T < 64
     work = [np.sum((np.minimum(mine[:, 2] + 192, T) if is_causal else T) + 256) for mine in tiles]
     assert max(work) <= np.mean(work) + schedule.at_once * (T + 256) / 2  # list scheduling is sure to keep twice that

@@ -4,6 +4,9 @@
 `dq` holds 192 queries of a head, 64 to each of three, and walks over the keys. One more warpgroup fetches. Scores of `dkdv` stand
 transposed, so that probabilities and their gradients are left operands as they lie in registers.
 
+Of head dim 256 `dq` holds 128 queries and `dkdv` 64 keys, whose two sums do not fit one warpgroup's registers: the first computes the
+probabilities and sums up dvalue, the second receives them through shared memory, computes ds and sums up dkey.
+
     p = exp2(scores * log2_scale - lse),   ds = p * (dout @ value - delta),   delta = rowsum(dout * out) - dlse
     dvalue = p^T @ dout,   dkey = scale * ds^T @ query,   dquery = scale * ds @ key
 
@@ -21,15 +24,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flashcore_jax.kernels.mosaic_gpu import registers
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
-from flashcore_jax.kernels.mosaic_gpu.registers import ROWS, as_tile
-from flashcore_jax.kernels.mosaic_gpu.schedule import Schedule, schedule_of
+from flashcore_jax.kernels.mosaic_gpu.registers import as_tile
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blocks_of, schedule_of
 from flashcore_jax.logits import scores_of, times_slope
-from flashcore_jax.masks import BlockRange, quotient, visible_blocks
+from flashcore_jax.masks import Band, BlockRange, quotient, remainder
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import Gpu
-
-_BLOCK = 64  # keys or queries that are walked over at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,56 +39,86 @@ class _Plan:
     registers: int  # of a computing thread
     fetching: int  # of a fetching one
     stages: int
+    value_stages: int | None = None  # where there is no room for as many
+    sharing: int = 1  # warpgroups that compute a tile together: one, or one for dvalue and one for dkey
+
+    @property
+    def tiles(self) -> int:
+        return self.computing // self.sharing
 
 
-_DKDV = {64: _Plan(2, 240, 24, 4), 128: _Plan(2, 240, 24, 3)}
-_DQ = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2)}
+_DKDV = {64: _Plan(2, 240, 24, 4), 128: _Plan(2, 240, 24, 4), 256: _Plan(2, 240, 24, 2, sharing=2)}
+_DQ = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, value_stages=1)}
 
 
 def unsupported(problem: Problem) -> str | None:
     p = problem
-    if p.dtype not in ("float16", "bfloat16") or not {p.H, p.Hv} <= set(_DQ):
-        return "16-bit inputs of head dims 64 and 128 only"
+    if p.dtype not in ("float16", "bfloat16") or not ({p.H, p.Hv} <= {64, 128} or p.H == p.Hv == 256):
+        return "16-bit inputs of head dims 64, 128 and 256 only"
     if p.query_lengths or p.key_lengths or (p.T > p.S and p.band.right is not None):
         return "queries that see no key are for the Triton kernels"
     return None
 
 
-def _range_of(first, size: int, own: int, others: int, band, inside: BlockRange | None = None) -> BlockRange:
-    blocks = visible_blocks(first, size, jnp.int32(own), jnp.int32(others), band, _BLOCK)
-    if inside is None:
-        return blocks
-    start = jnp.clip(blocks.start, inside.start, inside.stop)
-    return dataclasses.replace(blocks, start=start, stop=jnp.clip(blocks.stop, start, inside.stop))
+def _range_of(first, size: int, lengths: tuple[int, int], band: Band, inside: BlockRange | None = None) -> BlockRange:
+    return registers.uniform_range(blocks_of(first, size, tuple(map(jnp.int32, lengths)), band, inside))
 
 
-def _walk(blocks: BlockRange, visit, carry, ever_masked: bool):
-    if not ever_masked:
-        return lax.fori_loop(blocks.start, blocks.stop, functools.partial(visit, masked=False), carry)
-    unmasked_start = jnp.clip(blocks.unmasked_start, blocks.start, blocks.stop)
-    unmasked_stop = jnp.clip(blocks.unmasked_stop, unmasked_start, blocks.stop)
-    carry = lax.fori_loop(blocks.start, unmasked_start, functools.partial(visit, masked=True), carry)
+def _walk(blocks: BlockRange, visit, carry, others: int, band: Band):
+    """Over the blocks in order, of `others` rows; a loop with masks stands only where there can be something to mask."""
+    unmasked_start, unmasked_stop = blocks.start, blocks.stop
+    if band.left is not None:
+        unmasked_start = jnp.clip(blocks.unmasked_start, blocks.start, blocks.stop)
+        carry = lax.fori_loop(blocks.start, unmasked_start, functools.partial(visit, masked=True), carry)
+    ends_masked = band.right is not None or others % BLOCK != 0
+    if ends_masked:
+        unmasked_stop = jnp.clip(blocks.unmasked_stop, unmasked_start, blocks.stop)
     carry = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), carry)
-    return lax.fori_loop(unmasked_stop, blocks.stop, functools.partial(visit, masked=True), carry)
+    return lax.fori_loop(unmasked_stop, blocks.stop, functools.partial(visit, masked=True), carry) if ends_masked else carry
+
+
+def _probabilities(products, lse, seen, problem: Problem):
+    """(probabilities, scores) of a block in float32; lse in log2 units, spread over it."""
+    scores, log2_scale = scores_of(products, problem.scale, problem.logits_soft_cap, registers.tanh)
+    probabilities = registers.scaled_exp2(scores, lse, log2_scale)
+    if seen is not None:
+        probabilities = jnp.where(seen(), probabilities, jnp.zeros_like(probabilities))
+    return probabilities, scores
 
 
 def _ds_of(products, dprobabilities, lse, delta, seen, problem: Problem):
-    """(p, ds) of a block, in the inputs' dtype. lse in log2 units and delta are spread over the block."""
+    """(p, ds) of a block, in the inputs' dtype, of two products in flight. lse in log2 units and delta are spread over the block."""
     p = problem
-    scores, log2_scale = scores_of(products, p.scale, p.logits_soft_cap, registers.tanh)
-    probabilities = registers.scaled_exp2(scores, lse, log2_scale)
-    if seen is not None:
-        probabilities = jnp.where(seen, probabilities, jnp.zeros_like(probabilities))
-    ds = times_slope(probabilities * (dprobabilities() - delta), scores, p.logits_soft_cap)
+    probabilities, scores = _probabilities(registers.finished(products, wait_n=1), lse, seen, p)
+    ds = times_slope(probabilities * (registers.finished(dprobabilities, wait_n=0) - delta), scores, p.logits_soft_cap)
     return probabilities.astype(p.dtype), ds.astype(p.dtype)
+
+
+def _of_query(smem):
+    """A number per query, for each of a block's keys, which stand in its rows."""
+    return lax.broadcast_in_dim(plgpu.load(smem, layout=registers.COLUMN, optimized=False), (ROWS, BLOCK), (1,))
+
+
+def _added(acc, left, right):
+    """acc + left @ right"""
+
+    def add(acc_ref):
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, left, right)
+        return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+
+    return pl.run_scoped(add, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def _zeros(size: int):
+    return as_tile(jnp.zeros((ROWS, size), jnp.float32))
 
 
 def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch, problem, schedule, plan):
     p, stages = problem, plan.stages
-    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, own_full, own_free, full, free = scratch
+    k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *handed_on, own_full, own_free, full, free = scratch
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    band, width = p.band.transposed, plan.computing * ROWS
-    ever_masked = band.left is not None or band.right is not None or p.S % _BLOCK != 0 or p.T % _BLOCK != 0
+    band, width = p.band.transposed, plan.tiles * ROWS
 
     @pl.when(warpgroup == plan.computing)
     def _():
@@ -95,25 +126,25 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
 
         def fetch_tile(turn, fetched):
             b, kv_head, first_key = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_key, width, p.S, p.T, band)
-            for w in range(plan.computing):
+            blocks = _range_of(first_key, width, (p.S, p.T), band)
+            for i in range(plan.tiles):
 
                 @pl.when(turn > 0)
-                def _(w=w):
-                    plgpu.barrier_wait(own_free.at[w])
+                def _(i=i):
+                    plgpu.barrier_wait(own_free.at[i])
 
-                keys = pl.ds(first_key + w * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(k_ref.at[b, keys, kv_head], k_smem.at[w], own_full.at[w])
-                plgpu.copy_gmem_to_smem(v_ref.at[b, keys, kv_head], v_smem.at[w], own_full.at[w])
+                keys = pl.ds(jnp.maximum(first_key + i * ROWS, 0), ROWS)
+                for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
+                    plgpu.copy_gmem_to_smem(ref.at[b, keys, kv_head], smem.at[i], own_full.at[i])
 
             def fetch(head, block, fetched):
-                slot = lax.rem(fetched, jnp.int32(stages))
+                slot = remainder(fetched, stages)
 
                 @pl.when(fetched >= stages)
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                rows = pl.ds(block * _BLOCK, _BLOCK)
+                rows = pl.ds(block * BLOCK, BLOCK)
                 for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[b, rows, head], smem.at[slot], full.at[slot])
                 for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
@@ -127,83 +158,123 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
 
         schedule.for_turns(table_ref, program, fetch_tile)
 
-    @pl.when(warpgroup < plan.computing)
-    def _():
+    def for_tiles(own, visit, *sums):
+        """Computes a tile's sums, `visit(a block's number, its place, whether a key is seen, the sums so far)`, and writes each one:
+        (where it may lie in shared memory: an operand that no other warpgroup reads, where it belongs, its factor)."""
         plgpu.set_max_registers(plan.registers, action="increase")
-        k, v = k_smem.at[warpgroup], v_smem.at[warpgroup]
 
         def compute_tile(turn, fetched):
+            fetched = registers.uniform(fetched)
             b, kv_head, first_key = schedule.tile(table_ref, program, turn)
-            everyone = _range_of(first_key, width, p.S, p.T, band)
-            first_key += warpgroup * ROWS
-            blocks = _range_of(first_key, ROWS, p.S, p.T, band, everyone)
+            everyone = _range_of(first_key, width, (p.S, p.T), band)
+            first_key += own * ROWS
+            blocks = _range_of(first_key, ROWS, (p.S, p.T), band, everyone) if plan.tiles > 1 else everyone
             count = everyone.stop - everyone.start
 
+            def number_of(g, block):
+                return fetched + g * count + (block - everyone.start)
+
             def skip(g, block, _):
-                slot = lax.rem(fetched + g * count + (block - everyone.start), jnp.int32(stages))
+                slot = remainder(number_of(g, block), stages)
                 plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_arrive(free.at[slot])
 
-            def visit(g, block, carry, masked):
-                dk, dv = carry
-                slot = lax.rem(fetched + g * count + (block - everyone.start), jnp.int32(stages))
+            def visit_block(g, block, so_far, masked):
+                number = number_of(g, block)
+                slot = remainder(number, stages)
+                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_key, block * BLOCK, (p.S, p.T), band) if masked else None
                 plgpu.barrier_wait(full.at[slot])
-                of_query = [plgpu.load(smem.at[slot], layout=registers.COLUMN, optimized=False) for smem in (lse_smem, delta_smem)]
-                lse, delta = (lax.broadcast_in_dim(x, (ROWS, _BLOCK), (1,)) for x in of_query)
-                seen = None
-                if masked:
-                    seen = registers.seen((ROWS, _BLOCK), first_key, block * _BLOCK, (p.S, p.T), band)
-
-                def scores(products_ref, dp_ref):
-                    plgpu.wgmma(products_ref, k, q_smem.at[slot].T)
-                    plgpu.wgmma(dp_ref, v, do_smem.at[slot].T)
-                    products = plgpu.wgmma_accumulator_load(products_ref, wait_n=1)
-                    return _ds_of(products, lambda: plgpu.wgmma_accumulator_load(dp_ref, wait_n=0), lse, delta, seen, p)
-
-                tile = plgpu.ACC((ROWS, _BLOCK), jnp.float32)
-                probabilities, ds = pl.run_scoped(scores, tile, tile)
-
-                def sums(dk_acc, dv_acc):
-                    dv_acc[...] = dv
-                    dk_acc[...] = dk
-                    plgpu.wgmma(dv_acc, probabilities, do_smem.at[slot])
-                    plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
-                    new_dv = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
-                    return plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), new_dv
-
-                carry = pl.run_scoped(sums, plgpu.ACC((ROWS, p.H), jnp.float32), plgpu.ACC((ROWS, p.Hv), jnp.float32))
+                so_far = visit(number, slot, seen, *so_far)
                 plgpu.barrier_arrive(free.at[slot])
-                return carry
+                return so_far
 
-            def visit_head(g, carry):
+            def visit_head(g, so_far):
                 lax.fori_loop(everyone.start, blocks.start, functools.partial(skip, g), None)
-                carry = _walk(blocks, functools.partial(visit, g), carry, ever_masked)
+                so_far = _walk(blocks, functools.partial(visit_block, g), so_far, p.T, band)
                 lax.fori_loop(blocks.stop, everyone.stop, functools.partial(skip, g), None)
-                return carry
+                return so_far
 
-            plgpu.barrier_wait(own_full.at[warpgroup])
-            zeros = tuple(as_tile(jnp.zeros((ROWS, size), jnp.float32)) for size in (p.H, p.Hv))
-            dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(p.G), visit_head, zeros)
-            keys = pl.ds(first_key, ROWS)
-            k[...] = (dk * p.scale).astype(p.dtype)
-            v[...] = dv.astype(p.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k, dk_ref.at[b, keys, kv_head])
-            plgpu.copy_smem_to_gmem(v, dv_ref.at[b, keys, kv_head])
+            plgpu.barrier_wait(own_full.at[own])
+            zeros = tuple(_zeros(smem.shape[-1]) for smem, *_ in sums)
+            results = lax.fori_loop(jnp.int32(0), jnp.int32(p.G), visit_head, zeros)
+            for (smem, ref, factor), x in zip(sums, results, strict=True):
+                smem.at[own][...] = (x * factor).astype(p.dtype)
+                plgpu.commit_smem()
+
+                @pl.when(first_key >= 0)
+                def _(smem=smem, ref=ref):
+                    plgpu.copy_smem_to_gmem(smem.at[own], ref.at[b, pl.ds(first_key, ROWS), kv_head])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(own_free.at[warpgroup])
+            plgpu.barrier_arrive(own_free.at[own])
             return fetched + p.G * count
 
         schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
+    def add_both(_, slot, seen, dk, dv):
+        own = registers.uniform(warpgroup)  # here, within the loop: see there
+        lse, delta = _of_query(lse_smem.at[slot]), _of_query(delta_smem.at[slot])
+
+        products = registers.inner_products(k_smem.at[own], q_smem.at[slot])
+        dprobabilities = registers.inner_products(v_smem.at[own], do_smem.at[slot])
+        probabilities, ds = _ds_of(products, dprobabilities, lse, delta, seen, p)
+
+        def add(dk_acc, dv_acc):
+            dv_acc[...] = dv
+            dk_acc[...] = dk
+            plgpu.wgmma(dv_acc, probabilities, do_smem.at[slot])
+            plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
+            new_dv = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
+            return plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), new_dv
+
+        return pl.run_scoped(add, plgpu.ACC(dk.shape, jnp.float32), plgpu.ACC(dv.shape, jnp.float32))
+
+    if plan.sharing == 1:
+
+        @pl.when(warpgroup < plan.computing)
+        def _():
+            for_tiles(warpgroup, add_both, (k_smem, dk_ref, p.scale), (v_smem, dv_ref, 1.0))
+
+        return
+
+    p_smem, p_full, p_free = handed_on
+    places = p_smem.shape[0]
+
+    def add_dvalue(number, slot, seen, dv):
+        lse, place = _of_query(lse_smem.at[slot]), remainder(number, places)
+        products = registers.finished(registers.inner_products(k_smem.at[0], q_smem.at[slot]), wait_n=0)
+        probabilities, scores = _probabilities(products, lse, seen, p)
+
+        @pl.when(number >= places)
+        def _():
+            plgpu.barrier_wait(p_free.at[place])
+
+        registers.park(p_smem.at[place], times_slope(probabilities, scores, p.logits_soft_cap))
+        plgpu.barrier_arrive(p_full.at[place])
+        return (_added(dv, probabilities.astype(p.dtype), do_smem.at[slot]),)
+
+    def add_dkey(number, slot, _, dk):
+        delta, place = _of_query(delta_smem.at[slot]), remainder(number, places)
+        dp = registers.finished(registers.inner_products(v_smem.at[0], do_smem.at[slot]), wait_n=0)
+        plgpu.barrier_wait(p_full.at[place])
+        ds = registers.times_parked(p_smem.at[place], dp - delta)
+        plgpu.barrier_arrive(p_free.at[place])
+        return (_added(dk, ds.astype(p.dtype), q_smem.at[slot]),)
+
+    for number, visit, the_sum in ((0, add_dvalue, (k_smem, dv_ref, 1.0)), (1, add_dkey, (v_smem, dk_ref, p.scale))):
+
+        @pl.when(warpgroup == number)
+        def _(visit=visit, the_sum=the_sum):
+            for_tiles(0, visit, the_sum)
+
 
 def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *scratch, problem, schedule, plan):
-    p, stages = problem, plan.stages
-    q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, own_full, own_free, full, free = scratch
+    p = problem
+    q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, own_full, own_free, k_full, k_free, v_full, v_free = scratch
+    rings = ((k_ref, k_smem, k_full, k_free, plan.stages), (v_ref, v_smem, v_full, v_free, plan.value_stages or plan.stages))
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     width = plan.computing * ROWS
-    ever_masked = p.band.left is not None or p.band.right is not None or p.S % _BLOCK != 0
 
     @pl.when(warpgroup == plan.computing)
     def _():
@@ -211,28 +282,28 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
 
         def fetch_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_query, width, p.T, p.S, p.band)
+            blocks = _range_of(first_query, width, (p.T, p.S), p.band)
             for w in range(plan.computing):
 
                 @pl.when(turn > 0)
                 def _(w=w):
                     plgpu.barrier_wait(own_free.at[w])
 
-                rows = pl.ds(first_query + w * ROWS, ROWS)
+                rows = pl.ds(jnp.maximum(first_query + w * ROWS, 0), ROWS)
                 for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[w], own_full.at[w])
                 for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[w], own_full.at[w])
 
             def fetch(block, fetched):
-                slot = lax.rem(fetched, jnp.int32(stages))
+                at = (b, pl.ds(block * BLOCK, BLOCK), quotient(n, p.G))
+                for ref, smem, full, free, stages in rings:
+                    slot = remainder(fetched, stages)
 
-                @pl.when(fetched >= stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
+                    @pl.when(fetched >= stages)
+                    def _(free=free, slot=slot):
+                        plgpu.barrier_wait(free.at[slot])
 
-                for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
-                    at = (b, pl.ds(block * _BLOCK, _BLOCK), quotient(n, p.G))
                     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], full.at[slot])
                 return fetched + 1
 
@@ -243,56 +314,54 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
     @pl.when(warpgroup < plan.computing)
     def _():
         plgpu.set_max_registers(plan.registers, action="increase")
-        q, do = q_smem.at[warpgroup], do_smem.at[warpgroup]
+        q = q_smem.at[warpgroup]
 
         def compute_tile(turn, fetched):
+            fetched = registers.uniform(fetched)
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            everyone = _range_of(first_query, width, p.T, p.S, p.band)
+            everyone = _range_of(first_query, width, (p.T, p.S), p.band)
             first_query += warpgroup * ROWS
-            blocks = _range_of(first_query, ROWS, p.T, p.S, p.band, everyone)
+            blocks = _range_of(first_query, ROWS, (p.T, p.S), p.band, everyone)
 
-            def slot_of(block):
-                return lax.rem(fetched + (block - everyone.start), jnp.int32(stages))
+            def slots_of(block):
+                return [remainder(fetched + (block - everyone.start), stages) for *_, stages in rings]
 
             def skip(block, _):
-                plgpu.barrier_wait(full.at[slot_of(block)])
-                plgpu.barrier_arrive(free.at[slot_of(block)])
+                for (_, _, full, free, _), slot in zip(rings, slots_of(block), strict=True):
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
 
             plgpu.barrier_wait(own_full.at[warpgroup])
             of_row = [plgpu.load(x.at[warpgroup], layout=registers.ROW, optimized=False) for x in (lse_smem, delta_smem)]
 
             def visit(block, dq, masked):
-                slot = slot_of(block)
-                plgpu.barrier_wait(full.at[slot])
-                lse, delta = (registers.over_columns(x, _BLOCK) for x in of_row)
-                seen = None
-                if masked:
-                    seen = registers.seen((ROWS, _BLOCK), first_query, block * _BLOCK, (p.T, p.S), p.band)
+                of_key, of_value = slots_of(block)
+                plgpu.barrier_wait(k_full.at[of_key])
+                plgpu.barrier_wait(v_full.at[of_value])
+                lse, delta = (registers.over_columns(x, BLOCK) for x in of_row)
+                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_query, block * BLOCK, (p.T, p.S), p.band) if masked else None
 
-                def scores(products_ref, dp_ref):
-                    plgpu.wgmma(products_ref, q, k_smem.at[slot].T)
-                    plgpu.wgmma(dp_ref, do, v_smem.at[slot].T)
-                    products = plgpu.wgmma_accumulator_load(products_ref, wait_n=1)
-                    return _ds_of(products, lambda: plgpu.wgmma_accumulator_load(dp_ref, wait_n=0), lse, delta, seen, p)[1]
+                own = registers.uniform(warpgroup)  # said here, within the loop: see there
 
-                tile = plgpu.ACC((ROWS, _BLOCK), jnp.float32)
-                ds = pl.run_scoped(scores, tile, tile)
+                products = registers.inner_products(q_smem.at[own], k_smem.at[of_key])
+                dprobabilities = registers.inner_products(do_smem.at[own], v_smem.at[of_value])
+                _, ds = _ds_of(products, dprobabilities, lse, delta, seen, p)
+                plgpu.barrier_arrive(v_free.at[of_value])
 
-                def add(dq_acc):
-                    dq_acc[...] = dq
-                    plgpu.wgmma(dq_acc, ds, k_smem.at[slot])
-                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
-
-                dq = pl.run_scoped(add, plgpu.ACC((ROWS, p.H), jnp.float32))
-                plgpu.barrier_arrive(free.at[slot])
+                dq = _added(dq, ds, k_smem.at[of_key])
+                plgpu.barrier_arrive(k_free.at[of_key])
                 return dq
 
             lax.fori_loop(everyone.start, blocks.start, skip, None)
-            dq = _walk(blocks, visit, as_tile(jnp.zeros((ROWS, p.H), jnp.float32)), ever_masked)
+            dq = _walk(blocks, visit, _zeros(p.H), p.S, p.band)
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
             q[...] = (dq * p.scale).astype(p.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, dq_ref.at[b, pl.ds(first_query, ROWS), n])
+
+            @pl.when(first_query >= 0)
+            def _():
+                plgpu.copy_smem_to_gmem(q, dq_ref.at[b, pl.ds(first_query, ROWS), n])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(own_free.at[warpgroup])
             return fetched + (everyone.stop - everyone.start)
@@ -309,18 +378,6 @@ def backward(query, key, value, out, lse, dout, dlse, problem: Problem, gpu: Gpu
     beyond = ((0, 0), (0, 0), (0, -p.T % (_DQ[max(p.H, p.Hv)].computing * ROWS)))
     operands = (query, key, value, dout, jnp.pad(lse * LOG2_E, beyond), jnp.pad(delta, beyond))
 
-    def scratch(own, walked, statistics: int, plan: _Plan, arrivals: tuple[int, int]):
-        vectors = [plgpu.SMEM((statistics, ROWS), jnp.float32)] * 2
-        tiles = [
-            [shared((count, ROWS, size), p.dtype) for size in sizes] for count, sizes in ((plan.computing, own), (plan.stages, walked))
-        ]
-        of_own, of_walked = (vectors, []) if statistics == plan.computing else ([], vectors)
-        barriers = [
-            plgpu.Barrier(num_arrivals=arrivals[0], num_barriers=plan.computing), plgpu.Barrier(num_barriers=plan.computing),
-            plgpu.Barrier(num_arrivals=arrivals[1], num_barriers=plan.stages), plgpu.Barrier(num_arrivals=plan.computing, num_barriers=plan.stages),
-        ]  # fmt: skip
-        return [*tiles[0], *of_own, *tiles[1], *of_walked, *barriers]
-
     def run(kernel, name: str, plan: _Plan, schedule: Schedule, outputs, scratch):
         return launch(
             functools.partial(kernel, problem=p, schedule=schedule, plan=plan),
@@ -335,9 +392,32 @@ def backward(query, key, value, out, lse, dout, dlse, problem: Problem, gpu: Gpu
     wide = max(p.H, p.Hv)
     plan = _DKDV[wide]
     transposed = dataclasses.replace(p, T=p.S, S=p.T, N=p.K, H=p.Hv, Hv=p.H, band=p.band.transposed)
-    schedule = schedule_of(transposed, plan.computing * ROWS, gpu.multiprocessors)
-    dk, dv = run(_dkdv_kernel, "flashcore_dkdv", plan, schedule, (key, value), scratch((p.H, p.Hv), (p.H, p.Hv), plan.stages, plan, (2, 4)))
+    schedule = schedule_of(transposed, plan.tiles * ROWS, gpu.multiprocessors)
+    handed_on = [plgpu.SMEM((2, ROWS * BLOCK), jnp.float32), *[plgpu.Barrier(num_barriers=2)] * 2] if plan.sharing > 1 else []
+    dk, dv = run(
+        *(_dkdv_kernel, "flashcore_dkdv", plan, schedule, (key, value)),
+        [
+            *(shared((count, ROWS, size), p.dtype) for count in (plan.tiles, plan.stages) for size in (p.H, p.Hv)),
+            *[plgpu.SMEM((plan.stages, ROWS), jnp.float32)] * 2,
+            *handed_on,
+            plgpu.Barrier(num_arrivals=2, num_barriers=plan.tiles),
+            plgpu.Barrier(num_arrivals=plan.sharing, num_barriers=plan.tiles),
+            plgpu.Barrier(num_arrivals=4, num_barriers=plan.stages),
+            plgpu.Barrier(num_arrivals=plan.computing, num_barriers=plan.stages),
+        ],
+    )
     plan = _DQ[wide]
     schedule = schedule_of(p, plan.computing * ROWS, gpu.multiprocessors)
-    (dq,) = run(_dq_kernel, "flashcore_dq", plan, schedule, (query,), scratch((p.H, p.Hv), (p.H, p.Hv), plan.computing, plan, (4, 2)))
+    rings = [(plan.stages, p.H), (plan.value_stages or plan.stages, p.Hv)]
+    (dq,) = run(
+        *(_dq_kernel, "flashcore_dq", plan, schedule, (query,)),
+        [
+            *(shared((plan.computing, ROWS, size), p.dtype) for size in (p.H, p.Hv)),
+            *[plgpu.SMEM((plan.computing, ROWS), jnp.float32)] * 2,
+            *(shared((stages, BLOCK, size), p.dtype) for stages, size in rings),
+            plgpu.Barrier(num_arrivals=4, num_barriers=plan.computing),
+            plgpu.Barrier(num_barriers=plan.computing),
+            *(plgpu.Barrier(num_arrivals=n, num_barriers=stages) for stages, _ in rings for n in (1, plan.computing)),
+        ],
+    )
     return dq, dk, dv

@@ -22,10 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.mosaic_gpu import registers
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
-from flashcore_jax.kernels.mosaic_gpu.registers import ROWS, as_row, as_tile, over_columns
-from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK_K, Schedule, schedule_of
+from flashcore_jax.kernels.mosaic_gpu.registers import as_row, as_tile, over_columns
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blocks_of, schedule_of
 from flashcore_jax.logits import scores_of
-from flashcore_jax.masks import Band, BlockRange, quotient, remainder, visible_blocks
+from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.gpus import Gpu
@@ -80,9 +80,6 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
     q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free = refs
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
 
-    def blocks_of(first_query, size, lengths):
-        return visible_blocks(first_query, size, *lengths, p.band, BLOCK_K)
-
     @pl.when(warpgroup == plan.computing)
     def _():
         plgpu.set_max_registers(plan.fetching, action="decrease")
@@ -90,12 +87,12 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         def fetch_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
             lengths, _, layer = _row(row_refs, p, b)
-            blocks = blocks_of(first_query, plan.queries, lengths)
+            blocks = blocks_of(first_query, plan.queries, lengths, p.band)
             kv_head = quotient(n, p.G)
 
             def fetch(block, fetched):
                 slot = remainder(fetched, stages)
-                at = (*layer, b, pl.ds(block * BLOCK_K, BLOCK_K), kv_head)
+                at = (*layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
                 for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
 
                     @pl.when(fetched >= stages)
@@ -114,7 +111,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                 def _(w=w):
                     plgpu.barrier_wait(q_free.at[w])
 
-                rows = pl.ds(first_query + w * ROWS, ROWS)
+                rows = pl.ds(jnp.maximum(first_query + w * ROWS, 0), ROWS)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_full.at[w])
             return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
 
@@ -123,7 +120,6 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
     @pl.when(warpgroup < plan.computing)
     def _():
         plgpu.set_max_registers(plan.registers, action="increase")
-        q = q_smem.at[warpgroup]
         if closes and plan.total_in_shared:
             # The output takes the place of the total, which is twice as large.
             total, out_tile = out_smem[0].at[warpgroup], out_smem[1].at[2 * warpgroup]
@@ -133,12 +129,12 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         def compute_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
             lengths, overflowed, _ = _row(row_refs, p, b)
-            everyone = blocks_of(first_query, plan.queries, lengths)
+            everyone = blocks_of(first_query, plan.queries, lengths, p.band)
             first_query += warpgroup * ROWS
-            blocks = _within(blocks_of(first_query, ROWS, lengths), everyone, p.band)
+            blocks = blocks_of(first_query, ROWS, lengths, p.band, everyone)
             # From here on blocks are counted so that their number tells their place in shared memory.
-            offset = remainder(fetched + (stages * pl.cdiv(p.S, BLOCK_K) - everyone.start), stages)
-            everyone, blocks = _moved(everyone, offset), _moved(blocks, offset)
+            offset = registers.uniform(remainder(fetched + (stages * pl.cdiv(p.S, BLOCK) - everyone.start), stages))
+            everyone, blocks = (registers.uniform_range(x, offset) for x in (everyone, blocks))
 
             def skip(block, _):
                 slot = remainder(block, stages)
@@ -149,7 +145,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             plgpu.barrier_wait(q_full.at[warpgroup])
             lax.fori_loop(everyone.start, blocks.start, skip, None)
             run = functools.partial(
-                _sum, q=q, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), stages=stages, offset=offset,
+                _sum, warpgroup=warpgroup, q_smem=q_smem, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), stages=stages, offset=offset,
                 first_query=first_query, lengths=lengths, blocks=blocks, total=total, problem=p,
             )  # fmt: skip
             any_block = jnp.minimum(blocks.stop - blocks.start, 1)
@@ -171,44 +167,37 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                 if start == 0:
                     lse_smem[warpgroup] = lse
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_tile, out_ref.at[b, rows, n, pl.ds(start, width)])
-                if start == 0:
-                    plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[b, n, rows])
+
+                @pl.when(first_query >= 0)
+                def _(start=start):
+                    plgpu.copy_smem_to_gmem(out_tile, out_ref.at[b, rows, n, pl.ds(start, width)])
+                    if start == 0:
+                        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[b, n, rows])
+
             return everyone.stop
 
         schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _within(blocks: BlockRange, others: BlockRange, band: Band) -> BlockRange:
-    """A range inside another, which a range of no block may lie outside of."""
-    start = others.start if band.left is None else jnp.clip(blocks.start, others.start, others.stop)
-    return dataclasses.replace(blocks, start=start, stop=jnp.clip(blocks.stop, start, others.stop))
-
-
-def _moved(blocks: BlockRange, offset) -> BlockRange:
-    b = blocks
-    return BlockRange(*(at + offset for at in (b.start, b.unmasked_start, b.unmasked_stop, b.stop)))
-
-
-def _sum(*, q, k_smem, v_smem, barriers, stages, offset, first_query, lengths, blocks, total, problem: Problem):
+def _sum(*, warpgroup, q_smem, k_smem, v_smem, barriers, stages, offset, first_query, lengths, blocks, total, problem: Problem):
     """The sum over all blocks, at least one: (acc, running_max, row_sum)."""
     p = problem
     k_full, k_free, v_full, v_free = barriers
     dtype = jnp.dtype(p.dtype)
-    ends_in_a_block = p.key_lengths or p.S % BLOCK_K != 0
+    ends_in_a_block = p.key_lengths or p.S % BLOCK != 0
     ever_masked = ends_in_a_block or p.band.left is not None or p.band.right is not None
-    scores_shape, out_shape = (ROWS, BLOCK_K), (ROWS, p.Hv)
+    scores_shape, out_shape = (ROWS, BLOCK), (ROWS, p.Hv)
 
     def slot_of(block):
         return remainder(block, stages)
 
     def first_key_of(block):
-        return (block - offset) * BLOCK_K
+        return (block - offset) * BLOCK
 
-    def multiply_keys(scores_ref, block):
+    def multiply_keys(block):
         plgpu.barrier_wait(k_full.at[slot_of(block)])
-        plgpu.wgmma(scores_ref, q, k_smem.at[slot_of(block)].T)
+        return registers.inner_products(q_smem.at[registers.uniform(warpgroup)], k_smem.at[slot_of(block)])
 
     def weigh(scores, block, running_max, row_sum, masked):
         scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)
@@ -224,51 +213,72 @@ def _sum(*, q, k_smem, v_smem, barriers, stages, offset, first_query, lengths, b
             @pl.when(first_key_of(block + 1) > lengths[1])
             def _():
                 values = v_smem.at[slot_of(block)]
-                is_key = registers.iota((BLOCK_K, p.Hv), 0) < lengths[1] - first_key_of(block)
-                values[...] = jnp.where(is_key, as_tile(values[...]), jnp.zeros((BLOCK_K, p.Hv), dtype))
+                is_key = registers.iota((BLOCK, p.Hv), 0) < lengths[1] - first_key_of(block)
+                values[...] = jnp.where(is_key, as_tile(values[...]), jnp.zeros((BLOCK, p.Hv), dtype))
                 plgpu.commit_smem()
-
-    def first(scores_ref):
-        multiply_keys(scores_ref, blocks.start)
-        return plgpu.wgmma_accumulator_load(scores_ref, wait_n=0)
 
     no_acc, lowest, no_sum = _nothing(p)
     if total is not None:
-        per_split = p.split_size // BLOCK_K
+        per_split = p.split_size // BLOCK
         splits = quotient(blocks.start - offset, per_split), quotient(blocks.stop - offset + (per_split - 1), per_split)
-    scores = pl.run_scoped(first, plgpu.ACC(scores_shape, jnp.float32))
+    scores = registers.finished(multiply_keys(blocks.start), wait_n=0)
     plgpu.barrier_arrive(k_free.at[slot_of(blocks.start)])
     probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, lowest, no_sum, ever_masked)
 
-    def merged(split, of_total, closed):
-        """The sums of all splits before `split`, the last of which is `closed`."""
-        several = jnp.minimum(split - splits[0] - 1, 1)
-        return lax.fori_loop(jnp.int32(0), several, lambda _, closed: _merge(total, of_total, closed), closed)
+    def multiply(block, acc, before, run):
+        """Issues the product of a block's keys, and adds that of the probabilities `before`, of the last block, with its values.
+        `run(scores, product)` computes with the former, and calls `product()` for the latter."""
 
-    def visit(block, carry, masked, starts_split=False):
-        """Adds the product of the last block's probabilities, and takes this block's scores in: of the same split, or of the next."""
-        acc, before, running_max, row_sum, *of_total = carry
-
-        def run(acc_ref, scores_ref):
+        def scoped(acc_ref):
             wait_for_values(block - 1)
             acc_ref[...] = acc
-            multiply_keys(scores_ref, block)
+            scores = multiply_keys(block)
             plgpu.wgmma(acc_ref, before, v_smem.at[slot_of(block - 1)])
-            scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+            scores = registers.finished(scores, wait_n=1)
             plgpu.barrier_arrive(k_free.at[slot_of(block)])
-            statistics = (lowest, no_sum) if starts_split else (running_max, row_sum)
-            probabilities, new_max, new_sum, rescale = weigh(scores, block, *statistics, masked)
-            product = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
-            registers.in_use(before)
-            plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])
-            if not starts_split:
-                return product * over_columns(rescale, p.Hv), probabilities, new_max, new_sum, *of_total
-            closed = merged(quotient(block - offset, per_split), of_total, (product, running_max, registers.quad_sum(row_sum)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output, perhaps from the same memory
-            registers.park(total, closed[0])
-            return no_acc, probabilities, new_max, new_sum, *closed[1:]
 
-        return pl.run_scoped(run, plgpu.ACC(out_shape, jnp.float32), plgpu.ACC(scores_shape, jnp.float32))
+            def product():
+                summed = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+                registers.in_use(before)
+                plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])
+                return summed
+
+            return run(scores, product)
+
+        return pl.run_scoped(scoped, plgpu.ACC(out_shape, jnp.float32))
+
+    def visit(block, carry, masked):
+        """Adds the last block's product, and takes this block's scores in."""
+        acc, before, running_max, row_sum, *of_total = carry
+
+        def run(scores, product):
+            probabilities, new_max, new_sum, rescale = weigh(scores, block, running_max, row_sum, masked)
+            return product() * over_columns(rescale, p.Hv), probabilities, new_max, new_sum, *of_total
+
+        return multiply(block, acc, before, run)
+
+    def begin(block, carry):
+        """The same for the first block of a split: what was before goes into the total."""
+        acc, before, running_max, row_sum, *of_total = carry
+
+        def run(scores, product):
+            acc, closed = product(), (running_max, registers.quad_sum(row_sum))
+            factors, of_total[:] = _merged(of_total, closed)
+            is_first = quotient(block - offset, per_split) == splits[0] + 1
+
+            @pl.when(is_first)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's output, perhaps from the same memory
+                registers.park(total, acc)
+
+            @pl.when(jnp.logical_not(is_first))
+            def _():
+                registers.add_to_parked(total, acc, *factors)
+
+            probabilities, new_max, new_sum, _ = weigh(scores, block, lowest, no_sum, ever_masked)
+            return no_acc, probabilities, new_max, new_sum, *of_total
+
+        return multiply(block, acc, before, run)
 
     def walk(start, stop, carry):
         """The blocks [start, stop) of one split."""
@@ -285,14 +295,12 @@ def _sum(*, q, k_smem, v_smem, barriers, stages, offset, first_query, lengths, b
         carry = walk(blocks.start + 1, blocks.stop, carry)
     else:
 
-        def close(split, carry):
-            """Closes the split before and adds up this one."""
-            start = split * per_split + offset
-            carry = visit(start, carry, ever_masked, starts_split=True)
-            return walk(start + 1, jnp.minimum(blocks.stop, start + per_split), carry)
+        def add_split(split, carry):
+            start = registers.uniform(split * per_split + offset)
+            return walk(start + 1, jnp.minimum(blocks.stop, start + per_split), begin(start, carry))
 
         carry = walk(blocks.start + 1, jnp.minimum(blocks.stop, (splits[0] + 1) * per_split + offset), carry)
-        carry = lax.fori_loop(splits[0] + 1, splits[1], close, (*carry, lowest, no_sum))
+        carry = lax.fori_loop(splits[0] + 1, splits[1], add_split, (*carry, lowest, no_sum))
     acc, probabilities, running_max, row_sum, *of_total = carry
 
     def last(acc_ref):
@@ -301,9 +309,13 @@ def _sum(*, q, k_smem, v_smem, barriers, stages, offset, first_query, lengths, b
         plgpu.wgmma(acc_ref, probabilities, v_smem.at[slot_of(blocks.stop - 1)])
         return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
 
-    closed = pl.run_scoped(last, plgpu.ACC(out_shape, jnp.float32)), running_max, registers.quad_sum(row_sum)
+    acc, row_sum = pl.run_scoped(last, plgpu.ACC(out_shape, jnp.float32)), registers.quad_sum(row_sum)
     plgpu.barrier_arrive(v_free.at[slot_of(blocks.stop - 1)])
-    return closed if total is None else merged(splits[1], of_total, closed)
+    if total is None:
+        return acc, running_max, row_sum
+    several = jnp.minimum(splits[1] - splits[0] - 1, 1)
+    factors, statistics = _merged(of_total, (running_max, row_sum))
+    return lax.fori_loop(jnp.int32(0), several, lambda _, acc: registers.plus_parked(total, acc, *factors), acc), *statistics
 
 
 def _nothing(problem: Problem):
@@ -315,14 +327,11 @@ def _nothing(problem: Problem):
     )
 
 
-def _merge(total, statistics, closed):
-    """`online_softmax.merge` of the total in memory, of which these are the maximum and the row sum, with a closed sum."""
-    acc, running_max, row_sum = closed
-    columns = acc.shape[1]
-    new_max = jnp.maximum(statistics[0], running_max)
-    of_total, of_closed = jnp.exp2(statistics[0] - new_max), jnp.exp2(running_max - new_max)
-    acc = registers.parked(total, columns) * over_columns(of_total, columns) + acc * over_columns(of_closed, columns)
-    return acc, new_max, statistics[1] * of_total + row_sum * of_closed
+def _merged(of_total, of_closed):
+    """What `online_softmax.merge` does but for the accumulators: their two factors, and the running maximum and the row sum."""
+    running_max = jnp.maximum(of_total[0], of_closed[0])
+    factors = jnp.exp2(of_total[0] - running_max), jnp.exp2(of_closed[0] - running_max)
+    return factors, (running_max, of_total[1] * factors[0] + of_closed[1] * factors[1])
 
 
 def _columns(x, start: int, width: int):
@@ -376,7 +385,7 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
         out_type=tuple(out_type),
         scratch=[
             shared((plan.computing, ROWS, p.H), p.dtype),
-            *(shared((plan.stages, BLOCK_K, size), p.dtype) for size in (p.H, p.Hv)),
+            *(shared((plan.stages, BLOCK, size), p.dtype) for size in (p.H, p.Hv)),
             out_tile,
             plgpu.SMEM((plan.computing, ROWS), jnp.float32),
             *[barriers(plan.computing)] * 2,

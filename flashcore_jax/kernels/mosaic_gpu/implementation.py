@@ -5,7 +5,7 @@ What needs the route is imported when it is known to be there.
 """
 
 from flashcore_jax.kernels import triton
-from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK_K
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK
 from flashcore_jax.kernels.triton import append
 from flashcore_jax.kernels.triton.decode import suits as _suits_decode
 from flashcore_jax.problem import Problem
@@ -43,7 +43,7 @@ def _is_addressable(problem: Problem) -> bool:
 def _has_its_blocks(problem: Problem) -> bool:
     """Whether the Triton kernels, decode among them, add up keys in this kernel's blocks: tiles of the user's own may have others."""
     tiles = tiles_for(target_gpu(), problem)
-    return {tiles.forward.block_k, tiles.closing.block_k, tiles.decode.block_k} == {BLOCK_K}
+    return {tiles.forward.block_k, tiles.closing.block_k, tiles.decode.block_k} == {BLOCK}
 
 
 def forward(query, key, value, rows: Rows, problem: Problem):

@@ -17,11 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from flashcore_jax.masks import Band, visible_keys
+from flashcore_jax.kernels.mosaic_gpu.schedule import ROWS
+from flashcore_jax.masks import Band, BlockRange, visible_keys
 
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
-ROWS = 64  # of a warpgroup's tile
+_SHARED = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))  # as `launch.shared` lays it out
 THREADS = 128  # of a warpgroup
 _VECTOR = 4  # numbers that a thread reads and writes together
 _QUAD = (1, 2)  # the lanes' bits that hold a row's columns
@@ -42,6 +43,26 @@ def over_columns(row, columns: int):
 
 def iota(shape, axis: int):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+
+
+def uniform(x):
+    """An int32 that is the same in all threads, in a form that tells ptxas so. What is computed from it then costs the threads no
+    registers; without it a value that was spilled once is each thread's own, and all that follows from it. Said within a loop, it also
+    keeps ptxas from computing ahead of the loop what follows from it: the addresses of all operands that stay, more than fit."""
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=scalar)
+    def run(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        first = llvm.inline_asm(i32, [x.registers.item()], "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(first, (), is_signed=True)
+
+    return run(x)
+
+
+def uniform_range(blocks: BlockRange, offset=0) -> BlockRange:
+    """The same blocks, `uniform`, and counted from another number on."""
+    return BlockRange(*(uniform(at + offset) for at in (blocks.start, blocks.unmasked_start, blocks.unmasked_stop, blocks.stop)))
 
 
 def seen(shape, first_row, first_column, lengths, band: Band):
@@ -104,7 +125,7 @@ def quad_sum(row_sum):
 def scaled_exp2(scores, shift, log2_scale: float):
     """As `kernels.triton.launch.scaled_exp2`, of two tiles."""
 
-    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=plgpu.ShapeDtypeStruct(scores.shape, jnp.float32, layout=TILE))
+    @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=_tile_like(scores))
     def run(_, scores, shift):
         instructions = f"neg.f32 x, $2; fma.rn.f32 x, $1, {_literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;"
         rows = [
@@ -119,7 +140,7 @@ def scaled_exp2(scores, shift, log2_scale: float):
 def tanh(x):
     """As `kernels.triton.launch.tanh_for`, for 16-bit inputs: 1 - 2 / (2^(2 log2(e) x) + 1)."""
 
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=TILE))
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(x))
     def run(_, x):
         two_log2_e = _literal(2.0 * np.log2(np.e))
         instructions = (
@@ -129,6 +150,35 @@ def tanh(x):
         return _like(x, _from_rows(x, [[[_asm(instructions, number) for number in pair] for pair in row] for row in _by_row(x)]))
 
     return run(x)
+
+
+def inner_products(left, right):
+    """left @ right.T of two 16-bit tiles in shared memory, float32[64, rows of right], in flight until `finished`: `plgpu.wgmma`, but
+    that the first instruction writes where that one adds to zeros, which may cost an instruction each."""
+    shape = left.shape[0], right.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(_SHARED, _SHARED), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE))
+    def run(_, left, right):
+        operations = ir.InsertionPoint.current.block.operations
+        before = len(operations)
+        acc = mgpu.wgmma(mgpu.WGMMAAccumulator.zero(*shape), left, mgpu.memref_transpose(right, (1, 0, 3, 2)))
+        first = next(op for op in list(operations)[before:] if "wgmma.mma_async" in str(op.attributes.get("asm_string", "")))
+        with ir.InsertionPoint(first):
+            first.operands[shape[1] // 2 + 2] = mgpu.c(0, ir.IntegerType.get_signless(32))  # behind the sums and two addresses
+        return acc.value
+
+    return run(left, right)
+
+
+def finished(tile, wait_n: int):
+    """The tile, when at most so many later products are in flight."""
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(tile))
+    def run(_, tile):
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], f"wgmma.wait_group.sync.aligned {wait_n};", "", has_side_effects=True)
+        return tile
+
+    return run(tile)
 
 
 def in_use(p):
@@ -144,42 +194,79 @@ def in_use(p):
 
 
 def park(ref, tile):
-    """Writes a thread's numbers of a tile to memory, for `parked` to read: float32[64 * columns], in nobody else's order."""
+    """Writes a thread's numbers of a tile to memory, float32[64 * columns], in an order that no other thread has to know."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
     def run(_, ref, tile):
-        for i, (a, b) in enumerate(_couples(tile.registers)):
-            llvm.store(vector.shuffle(a, b, [0, 1, 2, 3]), _of_thread(ref, i), alignment=_VECTOR * 4)
+        for address, _, numbers in _vectors(ref, tile):
+            llvm.store(numbers, address, alignment=_VECTOR * 4)
 
     run(ref, tile)
 
 
-def parked(ref, columns: int):
-    """The tile that the same threads have parked."""
+def add_to_parked(ref, tile, of_parked, of_tile):
+    """What is parked becomes itself times of_parked plus the tile times of_tile, float32[64] both."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE), return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=TILE))
-    def run(_, ref, like):
-        four = ir.VectorType.get((_VECTOR,), ir.F32Type.get())
-        registers = []
-        for i, _ in enumerate(_couples(like.registers)):
-            x = llvm.load(four, _of_thread(ref, i), alignment=_VECTOR * 4)
-            registers += [vector.extract_strided_slice(ir.VectorType.get((2,), ir.F32Type.get()), x, [at], [2], [1]) for at in (0, 2)]
-        return _like(like, registers)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, ROW, ROW))
+    def run(_, ref, tile, of_parked, of_tile):
+        for address, row, numbers in _vectors(ref, tile):
+            llvm.store(_weighted(address, numbers, of_parked, of_tile, row), address, alignment=_VECTOR * 4)
 
-    return run(ref, as_tile(jnp.zeros((ROWS, columns), jnp.float32)))
+    run(ref, tile, of_parked, of_tile)
 
 
-def _couples(registers):
-    return zip(registers.flat[::2], registers.flat[1::2], strict=True)
+def plus_parked(ref, tile, of_parked, of_tile):
+    """The same sum, not written back."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, ROW, ROW), return_type=_tile_like(tile))
+    def run(_, ref, tile, of_parked, of_tile):
+        return _like(tile, _from_vectors(tile, [_weighted(address, x, of_parked, of_tile, row) for address, row, x in _vectors(ref, tile)]))
+
+    return run(ref, tile, of_parked, of_tile)
 
 
-def _of_thread(ref, i: int):
-    """The address of a thread's vector number i: neighbouring threads have neighbouring ones."""
-    thread = mgpu.utils.thread_idx()
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.andi(thread, mgpu.c(THREADS - 1, i32))
-    at = arith.addi(arith.muli(thread, mgpu.c(_VECTOR, i32)), mgpu.c(i * THREADS * _VECTOR, i32))
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], ir.F32Type.get())
+def times_parked(ref, tile):
+    """What is parked times the tile."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE), return_type=_tile_like(tile))
+    def run(_, ref, tile):
+        return _like(tile, _from_vectors(tile, [arith.mulf(_parked(address, x), x) for address, _, x in _vectors(ref, tile)]))
+
+    return run(ref, tile)
+
+
+def _tile_like(tile):
+    return plgpu.ShapeDtypeStruct(tile.shape, jnp.float32, layout=TILE)
+
+
+def _vectors(ref, tile):
+    """(address, row, numbers) of a thread's tile, four numbers of a row at a time; neighbouring threads have neighbouring addresses."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
+    first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.muli(thread, mgpu.c(_VECTOR, i32))], f32)
+    i = 0
+    for row, order in enumerate(_row_order(tile)):
+        for a, b in zip(order[::2], order[1::2], strict=True):
+            numbers = vector.shuffle(tile.registers.flat[a], tile.registers.flat[b], [0, 1, 2, 3])
+            yield mgpu.utils.getelementptr(first, [i * THREADS * _VECTOR], f32), row, numbers
+            i += 1
+
+
+def _from_vectors(tile, vectors) -> list:
+    """The registers of a tile from four numbers at a time, in the order of `_vectors`."""
+    pairs = [[vector.extract(four, [], [at]), vector.extract(four, [], [at + 1])] for four in vectors for at in (0, 2)]
+    return _from_rows(tile, (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]))
+
+
+def _parked(address, like):
+    return llvm.load(like.type, address, alignment=_VECTOR * 4)
+
+
+def _weighted(address, numbers, of_parked, of_tile, row: int):
+    def spread(factors):
+        return vector.broadcast(numbers.type, _numbers(factors)[row])
+
+    return arith.addf(arith.mulf(_parked(address, numbers), spread(of_parked)), arith.mulf(numbers, spread(of_tile)))
 
 
 def _by_row(tile):
