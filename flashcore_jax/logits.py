@@ -14,12 +14,16 @@ from flashcore_jax.online_softmax import LOG2_E
 
 def scores_of(products, scale: float, logits_soft_cap: float | None, tanh=jnp.tanh):
     """The float32 scores of float32 products of any shape, and log2_scale. `tanh` is the hardware's, where it has a faster one."""
+    log2_scale = log2_scale_of(scale, logits_soft_cap)
     if logits_soft_cap is not None:
-        return tanh(products * (scale / logits_soft_cap)), logits_soft_cap * LOG2_E
-    if scale > 0:
-        return products, scale * LOG2_E
+        return tanh(products * (scale / logits_soft_cap)), log2_scale
     # A negative (or zero) factor after the maximum would turn maxima into minima.
-    return products * (-1.0 if scale < 0 else 0.0), (abs(scale) or 1.0) * LOG2_E
+    return products if scale > 0 else products * (-1.0 if scale < 0 else 0.0), log2_scale
+
+
+def log2_scale_of(scale: float, logits_soft_cap: float | None) -> float:
+    """What makes logits in log2 units of scores."""
+    return (abs(scale) or 1.0) * LOG2_E if logits_soft_cap is None else logits_soft_cap * LOG2_E
 
 
 def times_slope(gradient, scores, logits_soft_cap: float | None):

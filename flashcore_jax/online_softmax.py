@@ -49,11 +49,17 @@ def scaled_exp2(scores, log2_scale: float, shift):
     return jnp.exp2(scores * log2_scale - shift)
 
 
-def update(partial: Partial, scores, log2_scale: float, weigh, scaled_exp2=scaled_exp2) -> Partial:
+def highest_of(scores, log2_scale: float):
+    """The rows' maxima in log2 units, rounded up to integers."""
+    return jnp.ceil(jnp.max(scores, axis=-1) * log2_scale)
+
+
+def update(partial: Partial, scores, log2_scale: float, weigh, scaled_exp2=scaled_exp2, highest=None) -> Partial:
     """Adds one block of keys. `scores * log2_scale` are the logits in log2 units (log2_scale > 0), -inf where masked;
     `weigh(p)` is the product of the unnormalised probabilities with the block's values, in float32, chunk by chunk;
-    `scaled_exp2` is the hardware's form of the function above, where there is a faster one."""
-    running_max = jnp.maximum(partial.running_max, jnp.ceil(jnp.max(scores, axis=-1) * log2_scale))
+    `scaled_exp2` is the hardware's form of the function above, where there is a faster one; highest: `highest_of` it, where known."""
+    highest = highest_of(scores, log2_scale) if highest is None else highest
+    running_max = jnp.maximum(partial.running_max, highest)
     p = scaled_exp2(scores, log2_scale, running_max[..., None])
     rescale = scaled_exp2(partial.running_max, 1.0, running_max)
     acc = tuple(a * rescale[..., None] + added for a, added in zip(partial.acc, weigh(p), strict=True))

@@ -31,7 +31,12 @@ from cache_helpers import (
 
 import flashcore_jax
 from flashcore_jax import reference
-from flashcore_jax.testing import inputs, oracle
+from flashcore_jax.kernels.triton.decode import cut_for, decode
+from flashcore_jax.problem import problem_of
+from flashcore_jax.rows import Rows, int32
+from flashcore_jax.testing import Workload, inputs, oracle
+from flashcore_jax.tuning.gpus import target_gpu
+from flashcore_jax.tuning.tiles import tiles_for
 
 # --- full == prefill + decode == every chunking
 
@@ -193,3 +198,36 @@ def test_a_scan_over_layers_is_separate_caches(implementation, T):
         for b, total in enumerate(separate.length):
             chex.assert_trees_all_equal(own.key[b, :total], separate.key[b, :total])
             chex.assert_trees_all_equal(own.value[b, :total], separate.value[b, :total])
+
+
+# --- how many programs share the work
+
+_LENGTHS = {"query_seq_lengths": (3, 2), "key_value_seq_lengths": (290, 65)}
+FEW = {
+    "one query, three splits": Workload("few", 2, 1, 300, 4, 2, 64, 64, "bfloat16", is_causal=True, split_size=128),
+    "one split": Workload("few", 1, 1, 200, 2, 2, 128, 256, "bfloat16", is_causal=True),
+    "lengths, window, soft cap": Workload(
+        "few", 2, 3, 300, 8, 2, 64, 64, "float16", is_causal=True, local_window_size=(100, 0), logits_soft_cap=4.0, split_size=128, **_LENGTHS
+    ),
+    "two tiles of rows": Workload("few", 1, 20, 300, 8, 1, 64, 128, "bfloat16", is_causal=True, split_size=256),
+    "float32": Workload("few", 1, 2, 300, 4, 2, 64, 64, "float32", is_causal=True, split_size=128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_scores_computed_first_change_nothing(case):
+    """What many multiprocessors do, because their programs would be few, gives what few multiprocessors do."""
+    w = FEW[case]
+    arrays = inputs(w)
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **w.options)
+    rows, tiles = Rows(*map(int32, w.lengths.values())), tiles_for(target_gpu(), problem)
+    assert [cut_for(problem, tiles.decode, many).parts > 1 for many in (1, 1000)] == [False, True]
+
+    def run(multiprocessors):
+        out, lse = jax.jit(lambda q, k, v: decode(q, k, v, rows, problem, tiles, multiprocessors))(*arrays[:3])
+        return out, lse.swapaxes(1, 2)
+
+    together, first = run(1), run(1000)
+    exact = oracle(arrays, **w.options)
+    assert forward_errors(first, exact) <= 1.0
+    assert_same(first, together, exact, "triton")

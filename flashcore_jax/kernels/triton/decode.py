@@ -5,8 +5,8 @@ one split of `split_size` keys: the partial sums that the forward kernel closes,
 same order. Decode therefore has the bits of prefill. Splits beyond a row's length or window are neither visited nor
 merged; the grid depends on the capacity alone, so the call lives in a loop without asking the host anything.
 
-Where that leaves multiprocessors idle (few rows, few splits), the columns of value are shared out too: every program
-computes all scores, and each column's additions stay what they were.
+Where that leaves multiprocessors idle (few rows, few splits), a split's chain of blocks takes the time. It is then kept short: a kernel
+with a program for every block computes the scores first, and the columns of value are shared out. The additions are what they were.
 
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); fixed splits are this package's (docs/numerics.md).
 """
@@ -20,36 +20,34 @@ from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_of, row_specs
-from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, splits_of
+from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
-from flashcore_jax.masks import quotient, visible_blocks
+from flashcore_jax.logits import log2_scale_of
+from flashcore_jax.masks import quotient, remainder, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
+_CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How the work of one key/value head is cut into programs."""
 
+    tile: Tile
     row_tiles: int  # tiles of query rows
     per_split: int  # key blocks of a split
     splits: int
-    parts: int  # of value's columns
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether a program has the whole sum of its rows, and nothing is left to merge."""
-        return self.splits == 1 and self.parts == 1
+    parts: int  # of value's columns; several where the scores are computed first
 
     @property
     def programs(self) -> int:
         return self.row_tiles * self.splits * self.parts
 
     def split(self, tile):
-        """The (row tile, split, part) of a tile number: parts are neighbours, so that one brings the keys to the L2 for all."""
+        """The (row tile, split, part) of a tile number."""
         rest, row_tile = quotient(tile, self.parts), quotient(tile, self.parts * self.splits)
         return row_tile, rest - row_tile * self.splits, tile - rest * self.parts
 
@@ -74,9 +72,9 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
     if parts > 1:
-        # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
-        splits = max(splits, 2)
-    return Cut(row_tiles, per_split, splits, parts)
+        tile = dataclasses.replace(tile, **_CHAIN)
+        row_tiles = pl.cdiv(p.T * p.G, tile.block_q)
+    return Cut(tile, row_tiles, per_split, splits, parts)
 
 
 def _rows_of(first, count: int, problem: Problem):
@@ -87,26 +85,60 @@ def _rows_of(first, count: int, problem: Problem):
     return rows, queries, rows - queries * problem.G, (first_query, last_query + 1 - first_query)
 
 
-def _split_kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: Programs, cut: Cut):
-    number_of_outputs = 2 if cut.is_direct else 3
-    row_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
+def _scores(q_ref, k_ref, row, out_rows, queries, problem: Problem, block_k: int):
+    """`scores_at` of the rows of query [T * N, H]."""
+    q = tuple(load(q_ref, _scattered(out_rows, c), queries < row.lengths[0], c.exist) for c in column_chunks(problem.H))
+    return scores_at(q, k_ref, row, queries, problem, block_k)
+
+
+def _scores_kernel(q_ref, k_ref, *refs, problem: Problem, tile: Tile, programs: Programs, blocks: int):
+    *row_refs, scores_ref, highest_ref = refs
     p, block_q = problem, tile.block_q
     row = row_of(row_refs, p)
+    _, number, kv_head = programs.split(pl.program_id(0))
+    row_tile, block = quotient(number, blocks), remainder(number, blocks)
+    rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
+    exist = rows < p.T * p.G
+    visited = visible_blocks(*span, *row.lengths, p.band, tile.block_k)
+
+    @pl.when((visited.start <= block) & (block < visited.stop))
+    def _():
+        scores = _scores(q_ref, k_ref, row, queries * p.N + kv_head * p.G + head, queries, p, tile.block_k)(block, masked=True)
+        store(scores_ref, scores, rows=exist)
+        store(highest_ref, online_softmax.highest_of(scores, log2_scale_of(p.scale, p.logits_soft_cap)), rows=exist)
+
+
+def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs: Programs, cut: Cut):
+    """left_ref and right_ref: query and key; or the scores and their highest."""
+    p, block_q, block_k = problem, cut.tile.block_q, cut.tile.block_k
+    number_of_outputs = 2 if cut.splits == 1 else 3
+    row_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
+    row = row_of(row_refs, p)
     _, tile_number, kv_head = programs.split(pl.program_id(0))
-    row_tile, split, _ = cut.split(tile_number)
+    row_tile, split, part = cut.split(tile_number)
     rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
     hv, _ = _columns(p, cut)
     exist, is_query, out_rows = rows < p.T * p.G, queries < row.lengths[0], queries * p.N + kv_head * p.G + head
 
     def walk():
-        q = tuple(load(q_ref, _scattered(out_rows, c), is_query, c.exist) for c in column_chunks(p.H))
-        return key_walk(q, k_ref, v_ref, row, queries, span, p, tile.block_k, hv)
+        if cut.parts == 1:
+            scores, highest = _scores(left_ref, right_ref, row, out_rows, queries, p, block_k), None
+        else:
 
-    if cut.is_direct:
+            def scores(block, masked):
+                return load(left_ref, (slice(None), pl.ds(block * block_k, block_k)), exist)
+
+            def highest(block):
+                return load(right_ref, (block, slice(None)), exist)
+
+        return key_walk(scores, v_ref, row, block_q, span, p, block_k, hv, highest)
+
+    if cut.splits == 1:
         blocks, sums = walk()
-        _store(sums(blocks.start, blocks.stop), out_refs, hv, out_rows, is_query, exist, row)
+        columns = tuple(dataclasses.replace(c, start=c.start + part * c.width) for c in hv) if cut.parts > 1 else hv
+        _store(sums(blocks.start, blocks.stop), out_refs, columns, out_rows, is_query, exist, row)
         return
-    blocks = visible_blocks(*span, *row.lengths, p.band, tile.block_k)
+    blocks = visible_blocks(*span, *row.lengths, p.band, block_k)
     start, stop = part_of(blocks, split, cut.per_split)
 
     @pl.when(start < stop)
@@ -173,10 +205,12 @@ def _columns(problem: Problem, cut: Cut):
 
 def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multiprocessors: int):
     """As `forward.forward`: the output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
-    p, tile = problem, tiles.decode
-    cut = cut_for(p, tile, multiprocessors)
+    p = problem
+    cut = cut_for(p, tiles.decode, multiprocessors)
+    tile = cut.tile
     programs = Programs(p.B, p.K, cut.programs, heads_fastest=False, last_tile_first=False)
     _, width = _columns(p, cut)
+    query = query.reshape(p.B, p.T * p.N, p.H)
 
     def per_split(*columns):
         """The spec of an array [B, K, splits, rows] or [B, K, splits, rows, columns]."""
@@ -192,24 +226,31 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
         rows = p.T * p.N
         return [programs.spec((None, rows, padded(p.Hv)), lambda b, t, k: (b, 0, 0)), programs.spec((None, rows), lambda b, t, k: (b, 0))]
 
+    if cut.parts > 1:
+        left = _scores_first(query, key, rows, p, tiles.decode)
+        left_specs = [
+            programs.spec((None, None, tile.block_q, left[0].shape[-1]), lambda b, t, k: (b, k, cut.split(t)[0], 0)),
+            programs.spec((None, None, left[1].shape[2], tile.block_q), lambda b, t, k: (b, k, 0, cut.split(t)[0])),
+        ]
+    else:
+        left = query, key
+        left_specs = [
+            programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
+            key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
+        ]
     out_shape = [((p.B, p.T * p.N, p.Hv), query.dtype), ((p.B, p.T * p.N), jnp.float32)]
     partial_shape = (p.B, p.K, cut.splits, p.T * p.G)
     found = launch(
-        functools.partial(_split_kernel, problem=p, tile=tile, programs=programs, cut=cut),
-        *(query.reshape(p.B, p.T * p.N, p.H), key, value, *rows.arrays),
+        functools.partial(_split_kernel, problem=p, programs=programs, cut=cut),
+        *(*left, value, *rows.arrays),
         name="flashcore_decode",
         grid=programs.grid,
-        in_specs=[
-            programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
-            key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
-            key_spec(programs, p, tile.block_k, width, lambda t, k: (k, cut.split(t)[2])),
-            *row_specs(programs, p),
-        ],
-        out_specs=every_row(programs) if cut.is_direct else [per_split(width), per_split(), per_split()],
-        out_shape=out_shape if cut.is_direct else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
+        in_specs=[*left_specs, key_spec(programs, p, tile.block_k, width, lambda t, k: (k, cut.split(t)[2])), *row_specs(programs, p)],
+        out_specs=every_row(programs) if cut.splits == 1 else [per_split(width), per_split(), per_split()],
+        out_shape=out_shape if cut.splits == 1 else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
         tile=tile,
     )
-    if not cut.is_direct:
+    if cut.splits > 1:
         # One number a thread where many sums are held at once, four where few are.
         count = max(1, 128 * (4 if cut.splits <= 8 else 1) // pl.next_power_of_2(padded(p.Hv)))
         merges = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
@@ -227,3 +268,32 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
         )
     out, lse = found
     return out.reshape(p.B, p.T, p.N, p.Hv), lse.reshape(p.B, p.T, p.N).swapaxes(1, 2)
+
+
+def _scores_first(query, key, rows: Rows, problem: Problem, tile: Tile):
+    """Of queries [B, T * N, H]: the scores float32[B, K, rows, S in whole blocks] and `highest_of` them float32[B, K, blocks, rows], where
+    a row is a query of a head of the group. Blocks that no row of a tile sees are not written."""
+    p = problem
+    blocks, count = pl.cdiv(p.S, tile.block_k), p.T * p.G
+    programs = Programs(p.B, p.K, pl.cdiv(count, tile.block_q) * blocks, heads_fastest=False, last_tile_first=False)
+
+    def place(tile_number):
+        return quotient(tile_number, blocks), remainder(tile_number, blocks)
+
+    return launch(
+        functools.partial(_scores_kernel, problem=p, tile=tile, programs=programs, blocks=blocks),
+        *(query, key, *rows.arrays),
+        name="flashcore_decode_scores",
+        grid=programs.grid,
+        in_specs=[
+            programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
+            key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
+            *row_specs(programs, p),
+        ],
+        out_specs=[
+            programs.spec((None, None, tile.block_q, tile.block_k), lambda b, t, k: (b, k, *place(t))),
+            programs.spec((None, None, None, tile.block_q), lambda b, t, k: (b, k, *place(t)[::-1])),
+        ],
+        out_shape=[((p.B, p.K, count, blocks * tile.block_k), jnp.float32), ((p.B, p.K, blocks, count), jnp.float32)],
+        tile=tile,
+    )

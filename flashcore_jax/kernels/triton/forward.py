@@ -17,43 +17,54 @@ from jax.experimental import pallas as pl
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Programs, Row, column_chunks, key_spec, padded, row_of, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
-from flashcore_jax.logits import scores_of
+from flashcore_jax.logits import log2_scale_of, scores_of
 from flashcore_jax.masks import quotient, visible, visible_blocks
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
-def key_walk(q, k_ref, v_ref, row: Row, queries, span, problem: Problem, block_k: int, hv):
-    """What a tile of query rows sees: the range of key blocks, and a function that gives the partial sums over a part of it.
-
-    queries: int32[rows], each row's query; span: the first of them and how many there are; hv: value's columns.
-    This is the one place where scores are computed and added up: forward and decode have the same bits because of it.
-    """
+def scores_at(q, k_ref, row: Row, queries, problem: Problem, block_k: int):
+    """A function that computes a block's scores, -inf where masked. queries: int32[rows], each row's query."""
     query_length, key_length = row.lengths
-    h = column_chunks(problem.H)
-    blocks = visible_blocks(*span, query_length, key_length, problem.band, block_k)
 
-    def visit(block, partial, masked):
+    def scores(block, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        at_block = (*row.layer, pl.ds(block * block_k, block_k))
-        k = load_chunks(k_ref, h, at_block, is_key)
-        scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
-        if masked:
-            seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)
-            scores = jnp.where(seen, scores, -jnp.inf)
-        v = load_chunks(v_ref, hv, at_block, is_key)
+        k = load_chunks(k_ref, column_chunks(problem.H), (*row.layer, pl.ds(block * block_k, block_k)), is_key)
+        scores, _ = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
+        if not masked:
+            return scores
+        return jnp.where(visible(queries[:, None], keys[None, :], query_length, key_length, problem.band), scores, -jnp.inf)
+
+    return scores
+
+
+def key_walk(scores, v_ref, row: Row, rows: int, span, problem: Problem, block_k: int, hv, highest=None):
+    """What a tile of query rows sees: the range of key blocks, and a function that gives the partial sums over a part of it.
+
+    scores: a function as `scores_at` gives it; span: the tile's first query and how many there are; hv: value's columns; highest: a
+    function that gives `online_softmax.highest_of` a block, where that is known.
+    This is the one place where scores are weighed and added up: forward and decode have the same bits because of it.
+    """
+    blocks = visible_blocks(*span, *row.lengths, problem.band, block_k)
+    log2_scale = log2_scale_of(problem.scale, problem.logits_soft_cap)
+
+    def visit(block, partial, masked):
+        is_key = block * block_k + lax.iota(jnp.int32, block_k) < row.lengths[1] if masked else None
+        block_scores = scores(block, masked)
+        v = load_chunks(v_ref, hv, (*row.layer, pl.ds(block * block_k, block_k)), is_key)
 
         def weigh(p):
             return [dot(p.astype(chunk.dtype), chunk, problem.precision) for chunk in v]
 
-        return online_softmax.update(partial, scores, log2_scale, weigh, scaled_exp2)
+        known = None if highest is None else highest(block)
+        return online_softmax.update(partial, block_scores, log2_scale, weigh, scaled_exp2, known)
 
     def sums(start, stop):
         unmasked_start = jnp.clip(blocks.unmasked_start, start, stop)
         unmasked_stop = jnp.clip(blocks.unmasked_stop, start, stop)
-        partial = online_softmax.start(queries.shape, tuple(c.width for c in hv))
+        partial = online_softmax.start((rows,), tuple(c.width for c in hv))
         if problem.band.left is not None:  # only a left bound cuts blocks before the unmasked ones
             partial = lax.fori_loop(start, unmasked_start, functools.partial(visit, masked=True), partial)
         partial = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), partial)
@@ -95,7 +106,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
     every_row_exists = not problem.query_lengths and in_t is None
     q = load_chunks(q_ref, column_chunks(problem.H), rows=None if every_row_exists else is_query)
     span = first_query, block_q
-    blocks, sums = key_walk(q, k_ref, v_ref, row, queries, span, problem, block_k, hv)
+    blocks, sums = key_walk(scores_at(q, k_ref, row, queries, problem, block_k), v_ref, row, block_q, span, problem, block_k, hv)
 
     if not closes:
         total = sums(blocks.start, blocks.stop)
