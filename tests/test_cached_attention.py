@@ -31,7 +31,7 @@ from cache_helpers import (
 
 import flashcore_jax
 from flashcore_jax import reference
-from flashcore_jax.kernels.triton.decode import cut_for, decode
+from flashcore_jax.kernels.triton import decode as decode_kernel
 from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows, int32
 from flashcore_jax.testing import Workload, inputs, oracle
@@ -211,23 +211,28 @@ FEW = {
     ),
     "two tiles of rows": Workload("few", 1, 20, 300, 8, 1, 64, 128, "bfloat16", is_causal=True, split_size=256),
     "float32": Workload("few", 1, 2, 300, 4, 2, 64, 64, "float32", is_causal=True, split_size=128),
+    "a short chain": Workload("few", 1, 1, 300, 4, 2, 64, 64, "bfloat16", is_causal=True, split_size=None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_scores_computed_first_change_nothing(case):
+def test_programs_that_share_a_split_change_nothing(case, monkeypatch):
     """What many multiprocessors do, because their programs would be few, gives what few multiprocessors do."""
+    monkeypatch.setattr(decode_kernel, "_LONG_CHAIN", 1 if case != "a short chain" else 16)
     w = FEW[case]
     arrays = inputs(w)
     problem = problem_of(*arrays[:3], split_size=w.split_size, **w.options)
     rows, tiles = Rows(*map(int32, w.lengths.values())), tiles_for(target_gpu(), problem)
-    assert [cut_for(problem, tiles.decode, many).parts > 1 for many in (1, 1000)] == [False, True]
+    few, many = (decode_kernel.cut_for(problem, tiles.decode, multiprocessors) for multiprocessors in (1, 1000))
+    assert few.parts == 1 < many.parts
+    assert (few.scores_first, many.scores_first) == (False, case != "a short chain")
 
     def run(multiprocessors):
-        out, lse = jax.jit(lambda q, k, v: decode(q, k, v, rows, problem, tiles, multiprocessors))(*arrays[:3])
+        out, lse = jax.jit(lambda q, k, v: decode_kernel.decode(q, k, v, rows, problem, tiles, multiprocessors))(*arrays[:3])
         return out, lse.swapaxes(1, 2)
 
-    together, first = run(1), run(1000)
+    together, shared = run(1), run(1000)
     exact = oracle(arrays, **w.options)
-    assert forward_errors(first, exact) <= 1.0
-    assert_same(first, together, exact, "triton")
+    assert forward_errors(shared, exact) <= 1.0
+    if few.per_split == many.per_split:
+        assert_same(shared, together, exact, "triton")

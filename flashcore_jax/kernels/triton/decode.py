@@ -5,8 +5,9 @@ one split of `split_size` keys: the partial sums that the forward kernel closes,
 same order. Decode therefore has the bits of prefill. Splits beyond a row's length or window are neither visited nor
 merged; the grid depends on the capacity alone, so the call lives in a loop without asking the host anything.
 
-Where that leaves multiprocessors idle (few rows, few splits), a split's chain of blocks takes the time. It is then kept short: a kernel
-with a program for every block computes the scores first, and the columns of value are shared out. The additions are what they were.
+Where that leaves multiprocessors idle (few rows, few splits), the columns of value are shared out too, and what takes the time is a
+split's chain of blocks. A long one is kept short: a kernel with a program for every block computes the scores first. The additions are
+what they were.
 
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); fixed splits are this package's (docs/numerics.md).
 """
@@ -29,6 +30,7 @@ from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
+_LONG_CHAIN = 16  # blocks of a split, from which on it pays to compute the scores in a kernel of their own
 _CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
 
 
@@ -40,7 +42,8 @@ class Cut:
     row_tiles: int  # tiles of query rows
     per_split: int  # key blocks of a split
     splits: int
-    parts: int  # of value's columns; several where the scores are computed first
+    parts: int  # of value's columns
+    scores_first: bool
 
     @property
     def programs(self) -> int:
@@ -71,10 +74,14 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
-    if parts > 1:
+    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN
+    if scores_first:
         tile = dataclasses.replace(tile, **_CHAIN)
         row_tiles = pl.cdiv(p.T * p.G, tile.block_q)
-    return Cut(tile, row_tiles, per_split, splits, parts)
+    elif parts > 1:
+        # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
+        splits = max(splits, 2)
+    return Cut(tile, row_tiles, per_split, splits, parts, scores_first)
 
 
 def _rows_of(first, count: int, problem: Problem):
@@ -121,7 +128,7 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
     exist, is_query, out_rows = rows < p.T * p.G, queries < row.lengths[0], queries * p.N + kv_head * p.G + head
 
     def walk():
-        if cut.parts == 1:
+        if not cut.scores_first:
             scores, highest = _scores(left_ref, right_ref, row, out_rows, queries, p, block_k), None
         else:
 
@@ -226,7 +233,7 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
         rows = p.T * p.N
         return [programs.spec((None, rows, padded(p.Hv)), lambda b, t, k: (b, 0, 0)), programs.spec((None, rows), lambda b, t, k: (b, 0))]
 
-    if cut.parts > 1:
+    if cut.scores_first:
         left = _scores_first(query, key, rows, p, tiles.decode)
         left_specs = [
             programs.spec((None, None, tile.block_q, left[0].shape[-1]), lambda b, t, k: (b, k, cut.split(t)[0], 0)),
