@@ -165,7 +165,8 @@ def _points(ax, results, direction: str, cells, figure: str, unit: str, roof: st
 
 
 def _by_length(boards) -> dict[int, dict[tuple[str, str], dict[int, dict]]]:
-    """{head dim: {(direction, contender): {T: record}}} of the board lengths and of what the board prefill has of its kind."""
+    """{head dim: {(direction, contender): {T: record}}} of the board lengths and of what the board prefill has of its kind, if both
+    are of one commit: a line through the times of two programs would show neither."""
 
     def kind(cell):
         return cell.N == cell.K, cell.B * cell.T, cell.N * cell.H, cell.is_causal, cell.window, cell.dtype
@@ -173,7 +174,8 @@ def _by_length(boards) -> dict[int, dict[tuple[str, str], dict[int, dict]]]:
     lengths = boards["lengths"]
     kinds = {kind(cell) for cell in lengths.cells.values()}
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for results in (boards["prefill"], lengths):
+    of_one_commit = len({run["commit"] for board in ("prefill", "lengths") for run in boards[board].runs.values()}) == 1
+    for results in (boards["prefill"], lengths) if of_one_commit else (lengths,):
         for name, cell in results.cells.items():
             for direction in DIRECTIONS if kind(cell) in kinds else ():
                 for contender in lengths.contenders(direction):

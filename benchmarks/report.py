@@ -195,7 +195,7 @@ def prefill_section(results: Results) -> list[str]:
 def lengths_section(results: Results) -> list[str]:
     cell = next(iter(results.cells.values()))
     lines = [
-        f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too.\n",
+        f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too, if they are of the same commit.\n",
         "<details><summary>The numbers</summary>",
     ]
     for direction in DIRECTIONS:

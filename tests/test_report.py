@@ -11,9 +11,9 @@ from benchmarks import pictures, records, report, tables, workloads
 DECODE = [cell.name for cell in workloads.DECODE]
 
 
-def made_up(run_id, board, device="NVIDIA H200", us=80.0, cells=None, baseline=True, failed=(), clock="cupti"):
+def made_up(run_id, board, device="NVIDIA H200", us=80.0, cells=None, baseline=True, failed=(), clock="cupti", commit=""):
     """A result file's lines of one board as a GPU would give them: 100 µs for the baseline, `us` for the rest."""
-    yield {"run": run_id, "kind": "run", "date": run_id, "quick": False, "commit": "", "device": device, "versions": {"jax": "0"}}
+    yield {"run": run_id, "kind": "run", "date": run_id, "quick": False, "commit": commit, "device": device, "versions": {"jax": "0"}}
     for name in ("matmul", "read"):
         yield {"run": run_id, "kind": "ceiling", "name": name, "value": 4500.0, "unit": "GB/s", "what": "sum", "clock": clock}
     for cell in workloads.BOARDS[board]:
@@ -204,6 +204,11 @@ def test_pictures_are_linked_where_there_is_something_to_draw(tmp_path):
 def test_lengths_are_completed_by_the_prefill_board(tmp_path):
     found = pictures._by_length(load(tmp_path, made_up("1", "lengths"), made_up("2", "prefill")))
     assert {H: sorted(lines["fwd", "cudnn"]) for H, lines in found.items()} == {H: [512, 1024, 4096, 16384] for H in (64, 128, 256)}
+
+
+def test_lengths_are_not_completed_by_another_program(tmp_path):
+    found = pictures._by_length(load(tmp_path, made_up("1", "lengths", commit="a"), made_up("2", "prefill", commit="b")))
+    assert {H: sorted(lines["fwd", "cudnn"]) for H, lines in found.items()} == {64: [512, 1024, 16384], 128: [512], 256: [512, 1024, 16384]}
 
 
 def test_every_picture_draws_every_contender(tmp_path):
