@@ -62,9 +62,11 @@ def describe_run(quick: bool, argv) -> dict:
         name: _version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "tokamax")
     }
     here = pathlib.Path(__file__).parent
-    commit = ""
+    commit = os.environ.get("FLASHCORE_COMMIT", "")  # for a copy of the sources that is no checkout of them
     with contextlib.suppress(OSError):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
+        commit = (
+            commit or subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
+        )
     now = datetime.datetime.now(datetime.UTC)
     return {
         "kind": "run", "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "date": now.date().isoformat(), "quick": quick, "commit": commit,

@@ -35,10 +35,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    for marker, is_here, machine in (("gpu", on_gpu(), "GPU"), ("hopper", on_hopper(), "Hopper GPU with jax 0.11")):
-        for item in items:
+    here = {
+        "gpu": (on_gpu(), "means something on an NVIDIA GPU only"),
+        "hopper": (on_hopper(), "means something on an NVIDIA Hopper GPU with jax 0.11 only"),
+        "host": (not on_gpu(), "a GPU changes nothing in it: machines without one run it"),
+    }
+    for item in items:
+        for marker, (is_here, reason) in here.items():
             if not is_here and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=f"means something on an NVIDIA {machine} only"))
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def on_hopper() -> bool:

@@ -34,6 +34,10 @@ def _contract(*workloads: str) -> tuple[str, ...]:
     return tuple(f"tests/test_contract.py::test_forward_lse_and_gradients[triton-{name}]" for name in workloads)
 
 
+def _sharing(case: str) -> str:
+    return f"tests/test_cached_attention.py::test_programs_that_share_a_split_change_nothing[{case}]"
+
+
 _PLAIN, _CAUSAL, _RATIO = "head dim 40", "two splits, causal, more keys", "head dim 64, causal, 7:1"
 _ONES = "tests/test_semantics.py::test_ones_stay_ones[triton--30-17-100-False-bfloat16]"
 _NOBODY = "tests/test_semantics.py::test_a_row_that_sees_nothing[triton-more queries than keys]"
@@ -118,6 +122,14 @@ MUTATIONS = {
     "the last split not merged": Mutation(
         (Edit(_DECODE, "there = exist & (split < end)", "there = exist & (split < end - 1)"),),
         (*_contract("one query, causal, three splits"), _CHUNKS),
+    ),
+    "scores computed first without a mask": Mutation(
+        (Edit(_DECODE, "(block, masked=True)", "(block, masked=False)"),),
+        (_sharing("one query, three splits"), _sharing("lengths, window, soft cap")),
+    ),
+    "every part of value's columns in the first one's place": Mutation(
+        (Edit(_DECODE, "start=c.start + part * c.width", "start=c.start + 0 * part"),),
+        (_sharing("one split"),),
     ),
     "appended one slot late": Mutation(
         (Edit(_APPEND, "pl.ds(start + first, tile.block_q)", "pl.ds(start + first + 1, tile.block_q)"),),

@@ -17,6 +17,8 @@ from benchmarks import aot, hlo
 from flashcore_jax.kernels.mosaic_gpu.launch import is_recent_enough
 from flashcore_jax.tuning.gpus import gpu_of
 
+pytestmark = pytest.mark.host
+
 GPUS = list(aot.TARGETS)
 CAUSAL = next(w for w in aot.WORKLOADS if w.name == "bfloat16 64/64 causal")
 

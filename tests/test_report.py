@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import pictures, records, report, tables, workloads
 
+pytestmark = pytest.mark.host
+
 DECODE = [cell.name for cell in workloads.DECODE]
 
 

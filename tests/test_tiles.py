@@ -18,6 +18,8 @@ from flashcore_jax.tuning.gpus import Gpu, gpu_of, target_gpu
 from flashcore_jax.tuning.tile_rows import KERNELS
 from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
+pytestmark = pytest.mark.host
+
 GPUS = ["NVIDIA A100", "NVIDIA L4", "NVIDIA H100", "NVIDIA H200", "NVIDIA B200", "NVIDIA of tomorrow"]
 HEAD_DIMS = [8, 40, 64, 80, 128, 160, 192, 256]
 
