@@ -74,7 +74,8 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
-    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN
+    # Not in float32, where it has not been measured and ptxas spills (A100).
+    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN and p.dtype != "float32"
     if scores_first:
         tile = dataclasses.replace(tile, **_CHAIN)
         row_tiles = pl.cdiv(p.T * p.G, tile.block_q)
