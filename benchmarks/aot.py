@@ -43,6 +43,7 @@ from jax.experimental import topologies
 
 from flashcore_jax.attention import attention
 from flashcore_jax.kernels.mosaic_gpu.launch import is_recent_enough
+from flashcore_jax.kernels.triton.decode import cut_for
 from flashcore_jax.problem import problem_of
 from flashcore_jax.testing import Inputs, Workload, evaluate
 from flashcore_jax.tuning.gpus import gpu_of
@@ -55,6 +56,7 @@ KERNELS = {
     "flashcore_dkdv": "dkdv",
     "flashcore_dq": "dq",
     "flashcore_decode": "decode",
+    "flashcore_decode_scores": "decode",
 }
 _MOSAIC = "_mosaic_gpu"
 
@@ -237,7 +239,9 @@ ODD_HEAD_DIMS = ((40, 40), (80, 80), (160, 160), (192, 80))  # padded, to the sa
 KINDS = {
     "causal": dict(T=4096, S=4096, is_causal=True),
     "full": dict(T=1024, S=1024),
-    "decode": dict(T=1, S=5000, is_causal=True, query_seq_lengths=(1, 1), key_value_seq_lengths=(5000, 4000)),
+    "decode": dict(B=64, T=1, S=5000, is_causal=True, query_seq_lengths=(1,) * 64, key_value_seq_lengths=(5000,) * 64),
+    # Shared out among more programs, each with other work.
+    "decode of one row": dict(B=1, T=1, S=5000, is_causal=True, query_seq_lengths=(1,), key_value_seq_lengths=(5000,)),
     # All that adds code and registers, at once.
     "everything": dict(
         T=1000, S=5000, is_causal=True, local_window_size=(700, 0), logits_soft_cap=30.0,
@@ -245,7 +249,7 @@ KINDS = {
     ),
 }  # fmt: skip
 WORKLOADS = tuple(
-    Workload(f"{dtype} {H}/{Hv} {kind}", B=2, N=8, K=2, H=H, Hv=Hv, dtype=dtype, **facts)
+    Workload(f"{dtype} {H}/{Hv} {kind}", N=8, K=2, H=H, Hv=Hv, dtype=dtype, **{"B": 2} | facts)
     for kind, facts in KINDS.items()
     for dtype in DTYPES
     for H, Hv in (ODD_HEAD_DIMS if kind == "everything" else HEAD_DIMS)
@@ -290,8 +294,12 @@ class Job:
     def tiles(self) -> dict[str, Tile]:
         """The tile of each kernel that the call launches, by the kernel's name."""
         problem = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size)
-        tiles, closes = tiles_for(gpu_of(self.gpu), problem), problem.S > (problem.split_size or problem.S)
-        fields = ("decode",) if self.is_decode else ("closing" if closes else "forward", "dkdv", "dq")
+        gpu = gpu_of(self.gpu)
+        tiles, closes = tiles_for(gpu, problem), problem.S > (problem.split_size or problem.S)
+        if self.is_decode:
+            cut = cut_for(problem, tiles.decode, gpu.multiprocessors)
+            return {"flashcore_decode": cut.tile} | ({"flashcore_decode_scores": tiles.decode} if cut.scores_first else {})
+        fields = "closing" if closes else "forward", "dkdv", "dq"
         return {name: getattr(tiles, field) for name, field in KERNELS.items() if field in fields}
 
     @property
