@@ -24,7 +24,7 @@ from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
 from flashcore_jax.logits import log2_scale_of
-from flashcore_jax.masks import quotient, remainder, visible_blocks
+from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
 from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.tiles import Tile, Tiles
@@ -74,11 +74,10 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
-    # Not in float32, where it has not been measured and ptxas spills (A100).
-    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN and p.dtype != "float32"
+    # Of few rows, or the scores are larger than the keys. Not in float32, where it has not been measured and ptxas spills (A100).
+    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN and p.T * p.G <= _CHAIN["block_q"] and p.dtype != "float32"
     if scores_first:
         tile = dataclasses.replace(tile, **_CHAIN)
-        row_tiles = pl.cdiv(p.T * p.G, tile.block_q)
     elif parts > 1:
         # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
         splits = max(splits, 2)
@@ -99,13 +98,12 @@ def _scores(q_ref, k_ref, row, out_rows, queries, problem: Problem, block_k: int
     return scores_at(q, k_ref, row, queries, problem, block_k)
 
 
-def _scores_kernel(q_ref, k_ref, *refs, problem: Problem, tile: Tile, programs: Programs, blocks: int):
+def _scores_kernel(q_ref, k_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
     *row_refs, scores_ref, highest_ref = refs
-    p, block_q = problem, tile.block_q
+    p = problem
     row = row_of(row_refs, p)
-    _, number, kv_head = programs.split(pl.program_id(0))
-    row_tile, block = quotient(number, blocks), remainder(number, blocks)
-    rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
+    _, block, kv_head = programs.split(pl.program_id(0))
+    rows, queries, head, span = _rows_of(jnp.int32(0), tile.block_q, p)
     exist = rows < p.T * p.G
     visited = visible_blocks(*span, *row.lengths, p.band, tile.block_k)
 
@@ -280,16 +278,12 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
 
 def _scores_first(query, key, rows: Rows, problem: Problem, tile: Tile):
     """Of queries [B, T * N, H]: the scores float32[B, K, rows, S in whole blocks] and `highest_of` them float32[B, K, blocks, rows], where
-    a row is a query of a head of the group. Blocks that no row of a tile sees are not written."""
+    a row is a query of a head of the group. Blocks that no row sees are not written."""
     p = problem
     blocks, count = pl.cdiv(p.S, tile.block_k), p.T * p.G
-    programs = Programs(p.B, p.K, pl.cdiv(count, tile.block_q) * blocks, heads_fastest=False, last_tile_first=False)
-
-    def place(tile_number):
-        return quotient(tile_number, blocks), remainder(tile_number, blocks)
-
+    programs = Programs(p.B, p.K, blocks, heads_fastest=False, last_tile_first=False)
     return launch(
-        functools.partial(_scores_kernel, problem=p, tile=tile, programs=programs, blocks=blocks),
+        functools.partial(_scores_kernel, problem=p, tile=tile, programs=programs),
         *(query, key, *rows.arrays),
         name="flashcore_decode_scores",
         grid=programs.grid,
@@ -299,8 +293,8 @@ def _scores_first(query, key, rows: Rows, problem: Problem, tile: Tile):
             *row_specs(programs, p),
         ],
         out_specs=[
-            programs.spec((None, None, tile.block_q, tile.block_k), lambda b, t, k: (b, k, *place(t))),
-            programs.spec((None, None, None, tile.block_q), lambda b, t, k: (b, k, *place(t)[::-1])),
+            programs.spec((None, None, tile.block_q, tile.block_k), lambda b, t, k: (b, k, 0, t)),
+            programs.spec((None, None, None, tile.block_q), lambda b, t, k: (b, k, t, 0)),
         ],
         out_shape=[((p.B, p.K, count, blocks * tile.block_k), jnp.float32), ((p.B, p.K, blocks, count), jnp.float32)],
         tile=tile,
