@@ -37,7 +37,7 @@ CALLS = {
     "more keys than queries, causal": workload(200, 3000, 8, 1, is_causal=True),
     "three splits, causal": workload(1000, 1304, is_causal=True, split_size=512),
     "short splits": workload(304, 1000, 2, 1, 64, "float16", split_size=128, is_causal=True),
-    "no splits": workload(504, 4504, split_size=None, is_causal=True),
+    "no splits": workload(1000, 5000, split_size=None, is_causal=True),
     "window (100, 0)": workload(704, 704, is_causal=True, local_window_size=(100, 0)),
     "window (300, 20), splits": workload(904, 1104, H=64, local_window_size=(300, 20), split_size=256),
     "window (0, 500), more queries than keys": workload(704, 504, local_window_size=(0, 500)),
@@ -61,7 +61,7 @@ CALLS = {
         1000, 1000, 8, 2, 256, is_causal=True, local_window_size=(300, 0), logits_soft_cap=3.0
     ),
     "head dim 256, window, more keys": workload(304, 704, 4, 2, 256, local_window_size=(200, 60)),
-    "many heads": workload(256, 1280, 48, 8, B=2, is_causal=True),
+    "many heads": workload(256, 2304, 48, 8, B=3, is_causal=True),
 }  # fmt: skip
 
 
