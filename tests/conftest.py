@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
     here = {
         "gpu": (on_gpu(), "means something on an NVIDIA GPU only"),
         "hopper": (on_hopper(), "means something on an NVIDIA Hopper GPU with jax 0.11 only"),
-        "host": (not on_gpu(), "a GPU changes nothing in it: machines without one run it"),
+        "host": (not on_gpu(), "runs nothing on a GPU: machines without one have it"),
     }
     for item in items:
         for marker, (is_here, reason) in here.items():

@@ -13,8 +13,6 @@ from benchmarks import exact, peers, report, run, timing, workloads
 from benchmarks.workloads import Cell, Loop
 from flashcore_jax import testing
 
-pytestmark = pytest.mark.host
-
 QUICK = workloads.QUICK_BOARDS["prefill"]
 BOARDS = list(workloads.BOARDS)
 CONTENDERS = ("flashcore", "xla", "cudnn")

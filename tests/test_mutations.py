@@ -5,8 +5,6 @@ import pathlib
 import pytest
 from mutations import MUTATIONS, ROOT, survives
 
-pytestmark = pytest.mark.host
-
 
 @pytest.mark.parametrize("name", ["no mask of key columns", "query position shifted by one", "interleaved heads"])
 def test_a_mutation_turns_its_tests_red(name):

@@ -9,8 +9,6 @@ import pytest
 from flashcore_jax import reference
 from flashcore_jax.testing import WORKLOADS, Inputs, assert_right, evaluate, inputs, oracle
 
-pytestmark = pytest.mark.host
-
 REFERENCES = {"full": reference.attention, "incremental": reference.incremental_attention}
 WORKLOAD = {w.name: w for w in WORKLOADS}
 CHOSEN = (

@@ -18,8 +18,6 @@ from flashcore_jax.tuning import tile_rows
 from flashcore_jax.tuning.gpus import gpu_of
 from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
-pytestmark = pytest.mark.host
-
 H200 = gpu_of("NVIDIA H200")
 SHIPPED = bucket_tiles(H200, 16, 64, {})
 
