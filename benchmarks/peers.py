@@ -35,7 +35,7 @@ class Peer:
     label: str
     forward: Callable[[Cell], Callable] | None
     cached: Callable[[Cell], Callable] | None = None
-    triton: bool = False  # one of the kernels that JAX lowers through Triton
+    pallas: bool = False  # somebody else's kernels written in Pallas
     gpu_only: bool = True
     no_backward: str | None = None
     prepare: Callable | None = None  # (cell, query, key, value) -> query, key, value
@@ -197,22 +197,22 @@ PEERS = {
     for peer in (
         Peer("flashcore", "flashcore", **_ours()),
         Peer("flashcore_nosplit", "flashcore, split_size=None", **_ours(split_size=None)),
-        Peer("flashcore_triton", "flashcore, Triton", **_ours(implementation="triton"), triton=True),
+        Peer("flashcore_triton", "flashcore, Triton", **_ours(implementation="triton")),
         Peer("flashcore_xla", "flashcore, xla", **_ours(implementation="xla")),
         Peer("cudnn", "cuDNN (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "cudnn")),
         Peer("xla", "XLA (jax.nn)", **_both(_jax_nn, _jax_nn_cached, "xla"), gpu_only=False),
-        Peer("pallas_triton", "pallas.ops Triton", _pallas_ops_triton, triton=True),
+        Peer("pallas_triton", "pallas.ops Triton", _pallas_ops_triton, pallas=True),
         Peer(
-            "pallas_gqa", "pallas.ops gqa", None, _pallas_ops_gqa, triton=True,
+            "pallas_gqa", "pallas.ops gqa", None, _pallas_ops_gqa, pallas=True,
             note="transposes all keys and values in every call, and NaN beyond a row's length would reach its output",
         ),
         Peer(
-            "pallas_mosaic", "pallas.ops Mosaic GPU, fp16", _pallas_ops_mosaic, prepare=_scaled_float16,
+            "pallas_mosaic", "pallas.ops Mosaic GPU, fp16", _pallas_ops_mosaic, pallas=True, prepare=_scaled_float16,
             no_backward="no causal backward, and no scale",
             note="takes float16 only and has no scale: given the same values in float16, query scaled beforehand",
         ),
-        Peer("tokamax_triton", "tokamax Triton", **_both(_tokamax_attention, _tokamax_cached, "triton"), triton=True, note=_TOKAMAX_NOTE),
-        Peer("tokamax_mosaic", "tokamax Mosaic GPU", **_both(_tokamax_attention, _tokamax_cached, "mosaic_gpu"), note=_TOKAMAX_NOTE),
+        Peer("tokamax_triton", "tokamax Triton", **_both(_tokamax_attention, _tokamax_cached, "triton"), pallas=True, note=_TOKAMAX_NOTE),
+        Peer("tokamax_mosaic", "tokamax Mosaic GPU", **_both(_tokamax_attention, _tokamax_cached, "mosaic_gpu"), pallas=True, note=_TOKAMAX_NOTE),
     )
 }  # fmt: skip
 OURS, NO_SPLIT, BASELINE = "flashcore", "flashcore_nosplit", "cudnn"

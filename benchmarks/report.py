@@ -16,14 +16,14 @@ import statistics
 import sys
 
 from benchmarks import pictures, records, tables
-from benchmarks.peers import NO_SPLIT, OURS, OWN, PEERS
+from benchmarks.peers import NO_SPLIT, OURS, PEERS
 from benchmarks.records import SLOWER, Results
 from benchmarks.tables import geometric_mean, label, number
 from benchmarks.workloads import BOARDS, DIRECTIONS, TITLES, Cell, directions
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARKERS = "<!-- numbers:start -->", "<!-- numbers:end -->"
-TRITON_PEERS = [name for name, peer in PEERS.items() if peer.triton and name not in OWN]
+PALLAS_PEERS = [name for name, peer in PEERS.items() if peer.pallas]
 
 
 # Sentences
@@ -51,8 +51,8 @@ def summary(prefill: Results, decode: Results) -> list[str]:
     lines = []
     for direction in DIRECTIONS:
         if text := mean_sentence(prefill, direction, TITLES[direction]):
-            if lead := prefill.lead(direction, TRITON_PEERS).values():
-                text += f"; {min(lead):.2f} to {max(lead):.2f} times the fastest other Triton kernel where one runs"
+            if lead := prefill.lead(direction, PALLAS_PEERS).values():
+                text += f"; {min(lead):.2f} to {max(lead):.2f} times the fastest other Pallas kernel that was run"
             lines.append(f"- {text}.")
     if text := mean_sentence(decode, "fwd", "Decode"):
         fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
@@ -319,7 +319,7 @@ def readme_section(boards: dict[str, Results]) -> str:
     run = prefill.runs[max(prefill.runs)]
     return "\n".join([
         f"{run['device']}, jax {run['versions']['jax']}, {run['date']}, bfloat16, default `split_size`; speed as a fraction, above 1 is faster:\n",
-        tables.readme(prefill, TRITON_PEERS), "", *summary(prefill, boards["decode"]), *changes_in_short(boards),
+        tables.readme(prefill, PALLAS_PEERS), "", *summary(prefill, boards["decode"]), *changes_in_short(boards),
         "\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n",
     ])  # fmt: skip
 

@@ -171,5 +171,5 @@ def readme(results: Results, peers) -> str:
         ]
 
     rows = [[f"{name}: {cell}", *(x for d in DIRECTIONS for x in figures(name, d))] for name, cell in results.cells.items()]
-    of = ["of cuDNN", "of the best other Triton"]
+    of = ["of cuDNN", "of the best other in Pallas"]
     return table([SHAPE, "forward, TFLOP/s", *of, "with backward, TFLOP/s", *of], rows)

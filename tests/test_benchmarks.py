@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import on_gpu
 
 from benchmarks import exact, peers, report, run, timing, workloads
