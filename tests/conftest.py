@@ -34,6 +34,14 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers that are done take tests over from others: dealt out beforehand, one had 200 s of a GPU's eight minutes for itself."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 def pytest_collection_modifyitems(items):
     here = {
         "gpu": (on_gpu(), "means something on an NVIDIA GPU only"),
