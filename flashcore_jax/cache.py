@@ -100,7 +100,8 @@ class KVCache:
         Args:
           key: [B, T, K, H] in the cache's dtype.
           value: [B, T, K, Hv].
-          layer: of a stacked cache, the layer to append to: an int, or a traced int32 scalar.
+          layer: of a stacked cache, the layer to append to: an int or an int32 scalar from -L to L - 1. A traced one, which nothing
+            can check, is clamped to them.
           query_seq_lengths: int32[B]: only so many tokens of each row are real, the first ones; default T.
           implementation: as in `attention`.
 
@@ -184,18 +185,19 @@ class KVCache:
 
 
 def layer_index(cache: KVCache, layer):
-    """int32[1] for a stacked cache, None for another."""
+    """int32[1] for a stacked cache, None for another. What is concrete is checked; a traced one counts as `rows.layer_within` has it."""
     L = cache.layers
     if L is None:
         check([(layer is None, OptionError, "no layer, for a cache without layers", layer, "create it with layers=")])
         return None
     is_number = is_int(layer)
     is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
+    is_one, is_known = is_number or is_array, not isinstance(layer, jax.core.Tracer)
     check([
-        (is_number or is_array, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
-        (not is_number or -L <= layer < L, OptionError, f"layer from 0 to {L - 1}", layer, "the cache has no such layer"),
+        (is_one, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
+        (not (is_one and is_known) or -L <= layer < L, OptionError, f"layer from {-L} to {L - 1}", layer, "the cache has no such layer"),
     ])  # fmt: skip
-    return jnp.asarray(layer % L if is_number else layer, jnp.int32).reshape(1)
+    return jnp.asarray(layer % L if is_known else layer, jnp.int32).reshape(1)
 
 
 def _dtype_name(dtype) -> str:

@@ -40,7 +40,7 @@ def attention_with_kv_cache(
       value: [B, T, K, Hv].
       cache: a `KVCache` for B rows, K heads and these head dims. Donate it to `jit`, or carry it in the loop, and nothing is
         copied.
-      layer: of a stacked cache, the layer to use: an int, or a traced int32 scalar such as a scan's counter.
+      layer: of a stacked cache, the layer to use: an int, or an int32 scalar such as a scan's counter. As in `KVCache.append`.
       query_seq_lengths: int32[B]: the real tokens of each row, the first ones; the rest is padding. Default T.
       is_causal: True hides from each token those behind it.
       scale, local_window_size, logits_soft_cap, precision, split_size, implementation, return_lse: as in `attention`.

@@ -53,8 +53,14 @@ def update(length, overflowed, count, T: int, capacity: int, layer) -> Update:
     return Update(of_layer(length, layer), count, arrays)
 
 
+def layer_within(layer, layers: int):
+    """The number of one of so many layers: below 0 it counts from the end, and it is clamped. The kernels' form of what
+    `dynamic_index_in_dim` does to an index."""
+    return jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)
+
+
 def of_layer(x, layer):
-    """One layer (int32[1]) of a stack, clamped to those there are, as the kernels do it; x itself where layer is None."""
+    """One layer (int32[1]) of a stack; x itself where layer is None."""
     return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer[0], keepdims=False)
 
 

@@ -159,6 +159,24 @@ def test_under_jit_a_row_without_room_is_flagged_and_keeps_what_it_has(implement
     np.testing.assert_array_equal(got.length, [lengths[0], 3 + counts[1], S, 0])
 
 
+@pytest.mark.parametrize("T", [1, 130])
+@pytest.mark.parametrize(("layer", "meant"), [(-1, 2), (-3, 0), (3, 2), (-4, 0), (1000, 2), (-1000, 0)])
+def test_a_traced_layer_counts_from_the_end_and_is_clamped(implementation, layer, meant, T):
+    """One rule for keys, values, lengths and what is read, whoever computes it (130 tokens are more than one program's): a layer is
+    never half of one and half of another."""
+    empty = KVCache.create(2, 140, 2, 64, layers=3, dtype=jnp.float32)
+    query, key, value = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, T, 2, 64), np.float32))
+
+    @jax.jit
+    def step(layer):
+        return attention_with_kv_cache(query, key, value, empty, layer=layer, implementation=implementation, return_lse=True)
+
+    got = step(jnp.int32(layer))
+    chex.assert_trees_all_equal(got, step(jnp.int32(meant)))
+    np.testing.assert_array_equal(got[2].length, np.where(np.arange(3)[:, None] == meant, T, 0).repeat(2, axis=1))
+    np.testing.assert_array_equal(np.any(got[2].key != 0, axis=(1, 2, 3, 4)), np.arange(3) == meant)
+
+
 def test_overflow_of_one_layer_is_of_that_layer(implementation):
     cache, (key, value) = filled([[S, 0, 0, 0], [S - 4, 3, S, 30], [0, S, S, S]]), tokens(5)
     got = jitted_append(cache, key, value, None, jnp.int32(1), implementation=implementation)

@@ -50,6 +50,15 @@ def test_wrong_arguments_of_append(layers, changed, error, words):
     assert message.count("; got ") == 1
 
 
+@pytest.mark.parametrize("layer", [L, -L - 1, jnp.int32(L), np.int32(-L - 1)], ids=repr)
+def test_a_layer_that_is_not_there(layer):
+    """Outside `jit`, as a number or in an array."""
+    cache = KVCache.create(B, S, K, H, layers=L, dtype=jnp.float32)
+    tokens = jnp.ones((B, 1, K, H))
+    with pytest.raises(OptionError, match=f"expected layer from {-L} to {L - 1}; got {int(layer)}; "):
+        cache.append(tokens, tokens, layer=layer)
+
+
 @pytest.mark.parametrize(
     ("changed", "error"),
     [

@@ -19,7 +19,7 @@ from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import RESIDUAL_NAMES, Problem
-from flashcore_jax.rows import Rows, of_layer, update
+from flashcore_jax.rows import Rows, layer_within, of_layer, update
 
 # Large enough that a CPU's matrix product is busy, small enough that a block's scores stay in its cache.
 _BLOCK_Q, _BLOCK_K = 128, 128
@@ -43,7 +43,7 @@ def append(key_cache, value_cache, length, overflowed, key, value, count, layer)
     start, count, rows = update(length, overflowed, count, T, S, layer)
     token = jnp.arange(T, dtype=jnp.int32)
     slots = jnp.where(token < count[:, None], start[:, None] + token, S + token)
-    at = (*(() if layer is None else (jnp.clip(layer[0], 0, key_cache.shape[0] - 1),)), jnp.arange(B)[:, None], slots)
+    at = (*(() if layer is None else (layer_within(layer[0], key_cache.shape[0]),)), jnp.arange(B)[:, None], slots)
     written = (x.at[at].set(new, mode="drop", unique_indices=True) for x, new in ((key_cache, key), (value_cache, value)))
     return *written, *rows
 

@@ -27,7 +27,7 @@ from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blo
 from flashcore_jax.logits import scores_of
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
-from flashcore_jax.rows import Rows
+from flashcore_jax.rows import Rows, layer_within
 from flashcore_jax.tuning.gpus import Gpu
 
 _PIECE = 128  # columns of the output that leave through shared memory together
@@ -66,7 +66,7 @@ def _row(refs, problem: Problem, b):
     refs = iter(refs)
     told = (p.query_lengths, p.key_lengths, p.cached, p.L is not None)
     query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in told)
-    layer = () if layer_ref is None else (jnp.clip(layer_ref[0], 0, p.L - 1),)
+    layer = () if layer_ref is None else (layer_within(layer_ref[0], p.L),)
     query_length = jnp.int32(p.T) if query_ref is None else jnp.clip(query_ref[b], 0, p.T)
     key_length = jnp.int32(p.S) if key_ref is None else jnp.clip(key_ref[(*layer, b)], 0, p.S)
     return (query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, b)] != 0, layer

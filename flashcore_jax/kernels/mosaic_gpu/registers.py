@@ -165,6 +165,7 @@ def inner_products(left, right):
         first = next(op for op in list(operations)[before:] if "wgmma.mma_async" in str(op.attributes.get("asm_string", "")))
         with ir.InsertionPoint(first):
             first.operands[shape[1] // 2 + 2] = mgpu.c(0, ir.IntegerType.get_signless(32))  # behind the sums and two addresses
+        _instruction("wgmma.commit_group.sync.aligned;")
         return acc.value
 
     return run(left, right)
@@ -175,7 +176,7 @@ def finished(tile, wait_n: int):
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(tile))
     def run(_, tile):
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], f"wgmma.wait_group.sync.aligned {wait_n};", "", has_side_effects=True)
+        _instruction(f"wgmma.wait_group.sync.aligned {wait_n};")
         return tile
 
     return run(tile)
@@ -187,8 +188,7 @@ def in_use(p):
 
     @plgpu.inline_mgpu(arg_types=(TILE,))
     def run(_, p):
-        registers = [llvm.bitcast(ir.IntegerType.get_signless(32), x) for x in p.registers.flat]
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), registers, "", ",".join(["r"] * len(registers)), has_side_effects=True)
+        _instruction("", *(llvm.bitcast(ir.IntegerType.get_signless(32), x) for x in p.registers.flat))
 
     run(p)
 
@@ -318,6 +318,11 @@ def _tree(operation, numbers: list):
     while len(numbers) > 1:
         numbers = [operation(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
     return numbers[0]
+
+
+def _instruction(instruction: str, *registers):
+    """PTX without a result, which may use 32-bit registers, and stays where it is."""
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(registers), instruction, ",".join(["r"] * len(registers)), has_side_effects=True)
 
 
 def _max(a, b):

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
+from flashcore_jax.rows import layer_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def _told(problem: Problem) -> tuple[bool, ...]:
 
 
 def layer_index(ref, layers: int) -> tuple:
-    """The layer in front of an index into a stack of so many, clamped to them."""
-    return (jnp.clip(ref[0], 0, layers - 1),)
+    """The layer in front of an index into a stack of so many."""
+    return (layer_within(ref[0], layers),)
 
 
 def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> pl.BlockSpec:
