@@ -97,16 +97,32 @@ def attend(query, key, value, rows: Rows, problem: Problem, implementation: str 
     return out, lse.swapaxes(1, 2)
 
 
-def explain(query, key, value, *, implementation: str | None = None, return_lse: bool = False, **options) -> implementations.Explanation:
-    """Tells which implementation a call `attention(query, key, value, **options)` takes here, and why not the others.
+def explain(
+    query,
+    key,
+    value,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    precision=None,
+    split_size: int | None = DEFAULT_SPLIT_SIZE,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> implementations.Explanation:
+    """Tells which implementation the call of `attention` with these arguments takes here, and why not the others.
 
     The arrays may be `jax.ShapeDtypeStruct`s; nothing is computed. Raises what `attention` raises.
     """
-    problem = problem_of(query, key, value, **options)
-    explanation = implementations.explain(problem)
-    if implementation is None:
-        return explanation
-    return implementations.Explanation(implementations.choose(implementation, problem), explanation.reasons)
+    problem = problem_of(
+        query, key, value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap,
+        precision=precision, split_size=split_size,
+    )  # fmt: skip
+    return implementations.explain(problem, implementation)
 
 
 def _attend_with_kernels(name: str, query, key, value, rows, problem: Problem):

@@ -117,13 +117,17 @@ class KVCache:
         arrays = (self.key, self.value, self.length, self.overflowed)
         _, _, overflowed = rows.append_to_layer(*arrays[2:], count, T, self.capacity, layer)
         if not isinstance(overflowed, jax.core.Tracer):
-            _raise_if(overflowed, f"room for {T} more tokens in a cache of capacity {self.capacity}")
+            _raise_if(
+                overflowed,
+                f"room for up to {T} more tokens in every row of a cache of capacity {self.capacity}",
+                "have none, or have overflowed before",
+            )
         return KVCache(*_append(*arrays, key, value, count, layer, name=implementations.choose(implementation, None)))
 
     def truncate(self, length) -> "KVCache":
         """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.
 
-        An overflowed row that holds all of those tokens is whole again.
+        An overflowed row that holds all of those tokens is whole again. A length below 0 counts as 0.
         """
         length = jnp.asarray(length)
         rows = self.length.shape
@@ -155,7 +159,7 @@ class KVCache:
         """Raises `CacheOverflowError` if a row has overflowed. Waits for the cache to be computed; not for use under `jit`."""
         if isinstance(self.overflowed, jax.core.Tracer):
             raise ArgumentError("expected a concrete cache; got a traced one; call check() outside jit, or read cache.overflowed")
-        _raise_if(self.overflowed, f"every row within the capacity of {self.capacity}")
+        _raise_if(self.overflowed, f"every row within the capacity of {self.capacity}", "have overflowed")
 
     def _check_indices(self, rows) -> None:
         B = self.length.shape[-1]
@@ -208,10 +212,10 @@ def _dtype_name(dtype) -> str:
         return repr(dtype)
 
 
-def _raise_if(overflowed, expected: str) -> None:
+def _raise_if(overflowed, expected: str, found: str) -> None:
     full = np.unique(np.argwhere(overflowed)[:, -1]).tolist()
     if full:
-        raise CacheOverflowError(f"expected {expected}; rows {full} have none; create a larger cache, or truncate() or reset() these rows")
+        raise CacheOverflowError(f"expected {expected}; rows {full} {found}; create a larger cache, or truncate() or reset() these rows")
 
 
 def _append(*arguments, name: str):

@@ -1,7 +1,8 @@
 """The typed errors, and the one way in which a check speaks: what was expected, what came, what to do.
 
 `ArgumentError` and its kinds are the caller's mistakes; `Unsupported` says that an implementation cannot run a call that
-is right in itself. All are raised while JAX traces, before anything is computed.
+is right in itself. All are raised while JAX traces, before anything is computed, but for those that need numbers, outside `jit`:
+`CacheOverflowError`, and a row or a layer that a cache does not have.
 """
 
 from collections.abc import Iterable

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -9,7 +11,8 @@ from flashcore_jax.errors import InterpretWarning, OptionError, Unsupported
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import target_gpu
 
-# Best first. A module offers `unsupported(problem)`, `append`, and either `forward` and `backward` or a differentiable `attend`.
+# Best first. A module offers `unsupported(problem)`, `append`, and either `forward` and `backward` or a differentiable `attend`; one that
+# leaves steps of some calls to another's kernels offers `handed_on(problem)`.
 _MODULES = {
     "mosaic_gpu": "flashcore_jax.kernels.mosaic_gpu.implementation",
     "triton": "flashcore_jax.kernels.triton",
@@ -20,14 +23,16 @@ _NEEDS_GPU = {"mosaic_gpu", "triton"}
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation a call takes, and for each of the others why not (None: it would run if it were named)."""
+    """Which implementation a call takes."""
 
     implementation: str
-    reasons: dict[str, str | None]
+    reasons: dict[str, str | None]  # for each of the others why None does not take it; None: it would run if it were named
+    handed_on: dict[str, str]  # "forward" and "backward", where "mosaic_gpu" leaves them to the Triton kernels, and why
 
     def __str__(self) -> str:
         rest = [f"{name}: {reason or 'would run if named'}" for name, reason in self.reasons.items() if name != self.implementation]
-        return "; ".join([f"takes {self.implementation}", *rest])
+        steps = [f"{step} by the Triton kernels: {why}" for step, why in self.handed_on.items()]
+        return "; ".join([f"takes {self.implementation}", *steps, *rest])
 
 
 def module(name: str) -> ModuleType:
@@ -36,30 +41,39 @@ def module(name: str) -> ModuleType:
 
 def choose(implementation: str | None, problem: Problem | None) -> str:
     """The name to run: the named one if it can, else `Unsupported`; for None the best one that can. No problem: an append."""
-    if implementation is None:
-        return explain(problem).implementation
-    if implementation not in _MODULES:
-        known = ", ".join(map(repr, _MODULES))
-        raise OptionError(f"expected implementation to be None or one of {known}; got {implementation!r}; None takes the best one")
-    reason = module(implementation).unsupported(problem)
-    if reason is not None:
-        raise Unsupported(
-            f'implementation="{implementation}" cannot run this call: {reason}; pass implementation=None to take one that can'
-        )
-    if implementation in _NEEDS_GPU and target_gpu() is None:
+    name = explain(problem, implementation).implementation
+    if name in _NEEDS_GPU and target_gpu() is None:
         warnings.warn(
-            f'implementation="{implementation}" runs in Pallas\'s interpreter, slowly: no NVIDIA GPU is in sight',
+            f'implementation="{name}" runs in Pallas\'s interpreter, slowly: no NVIDIA GPU is in sight',
             InterpretWarning,
-            stacklevel=3,
+            stacklevel=_levels_to_the_caller(),
         )
-    return implementation
+    return name
 
 
-def explain(problem: Problem | None) -> Explanation:
-    """What `choose(None, problem)` decides, with the reasons."""
+def explain(problem: Problem | None, implementation: str | None = None) -> Explanation:
+    """What `choose(implementation, problem)` decides, with the reasons. Raises what it raises."""
     reasons = {}
     for name in _MODULES:
         without_gpu = name in _NEEDS_GPU and target_gpu() is None  # then nothing of it is imported
         interpreted = " (named, it runs interpreted)" if name == "triton" else ""
         reasons[name] = f"no NVIDIA GPU is in sight{interpreted}" if without_gpu else module(name).unsupported(problem)
-    return Explanation(next(name for name, reason in reasons.items() if reason is None), reasons)
+    if implementation is None:
+        implementation = next(name for name, reason in reasons.items() if reason is None)
+    elif not isinstance(implementation, str) or implementation not in _MODULES:
+        known = ", ".join(map(repr, _MODULES))
+        raise OptionError(f"expected implementation to be None or one of {known}; got {implementation!r}; None takes the best one")
+    elif reason := module(implementation).unsupported(problem):
+        raise Unsupported(
+            f'implementation="{implementation}" cannot run this call: {reason}; pass implementation=None to take one that can'
+        )
+    handed_on = getattr(module(implementation), "handed_on", None)
+    return Explanation(implementation, reasons, handed_on(problem) if handed_on and problem else {})
+
+
+def _levels_to_the_caller() -> int:
+    """Of the stack, for a warning: to the first line of a file that is not the package's."""
+    package, frame, level = os.path.dirname(__file__) + os.sep, sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level

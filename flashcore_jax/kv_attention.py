@@ -3,7 +3,7 @@
 from flashcore_jax.attention import attend
 from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.cache import KVCache, layer_index
-from flashcore_jax.errors import ShapeError, check
+from flashcore_jax.errors import ArgumentError, ShapeError, check
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, problem_of
 from flashcore_jax.rows import Rows, int32
 
@@ -28,7 +28,8 @@ def attention_with_kv_cache(
     """Appends T new tokens to each row of the cache, then lets their queries attend to all that the row holds.
 
         cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths)
-        out = attention(query, cache.key, cache.value, key_value_seq_lengths=cache.length, ...)
+        out = attention(query, cache.key, cache.value, is_causal=is_causal, query_seq_lengths=query_seq_lengths,
+                        key_value_seq_lengths=cache.length, ...)
 
     T = 1 is a decode step, T > 1 a prompt, a chunk of one, or tokens to be verified; a row's new tokens stand behind those it
     has. With the default `split_size`, in 16 bits, implementations "mosaic_gpu" and "triton" give the same bits however the tokens
@@ -47,8 +48,8 @@ def attention_with_kv_cache(
 
     Returns:
       (out, cache), or (out, lse, cache): out [B, T, N, Hv] in query's dtype, lse float32[B, T, N], and the cache with the tokens
-      appended. Padding has out 0 and lse -inf. A row whose tokens did not fit has out and lse NaN, in this call and the
-      following ones; see `KVCache.overflowed`.
+      appended. Padding has out 0 and lse -inf. A row whose tokens did not fit has out and lse NaN, its padding too, in this
+      call and the following ones; see `KVCache.overflowed`.
 
     Differentiable in query, key, value and the cache's contents.
 
@@ -56,6 +57,7 @@ def attention_with_kv_cache(
       CacheOverflowError: outside `jit`, before anything is written, if a row has no room.
       ArgumentError, Unsupported: as `attention`.
     """
+    check([(isinstance(cache, KVCache), ArgumentError, "cache to be a KVCache", type(cache).__name__, "make one with KVCache.create(...)")])
     problem = problem_of(
         query, cache.key, cache.value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
         local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, cached=True,

@@ -98,6 +98,7 @@ def problem_of(
     B, T, N, H = query.shape
     _, S, K, Hv = value.shape
     check([
+        (not cached or (key.shape[0], key.shape[3]) == (B, H), ShapeError, f"query of the cache's batch and head dim, [B, T, N, H] = ({key.shape[0]}, T, N, {key.shape[3]})", tuple(query.shape), "create a cache for this batch and head dim"),
         (tuple(key.shape) == (B, S, K, H), ShapeError, f"key of shape [B, S, K, H] = {(B, S, K, H)}, from query and value", tuple(key.shape), "query and key share B and H, key and value share B, S and K"),
         (value.shape[0] == B, ShapeError, f"value with batch {B}, as query", value.shape[0], "query, key and value share B"),
         (min(B, T, S, N, K) >= 1, ShapeError, "no axis of size 0", f"query {tuple(query.shape)}, key {tuple(key.shape)}", "give every row one slot, and lengths of 0"),
@@ -116,6 +117,7 @@ def problem_of(
     dtype = str(query.dtype)
     check([
         (dtype in DTYPES, DtypeError, f"query of dtype {', '.join(DTYPES)}", dtype, "cast it"),
+        (not cached or key.dtype == query.dtype, DtypeError, f"query of the cache's dtype {key.dtype}", dtype, "cast it, or create the cache with this dtype"),
         (key.dtype == query.dtype and value.dtype == query.dtype, DtypeError, f"key and value of query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "cast them to one dtype"),
     ])  # fmt: skip
     lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
@@ -155,7 +157,11 @@ def problem_of(
 
 def _precision(precision, dtype: str) -> str:
     try:
-        canonical = precision if isinstance(precision, jax.lax.DotAlgorithmPreset) else jax.lax.Precision(precision or "highest")
+        canonical = (
+            precision
+            if isinstance(precision, jax.lax.DotAlgorithmPreset)
+            else jax.lax.Precision("highest" if precision is None else precision)
+        )
         name = "tf32x3" if precision is None else _PRECISIONS[canonical]
     except (KeyError, ValueError, TypeError):
         known = "None, a jax.lax.Precision or its name, or a float32 jax.lax.DotAlgorithmPreset"

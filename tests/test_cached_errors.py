@@ -1,5 +1,6 @@
 """What `attention_with_kv_cache` does with rows that have no room, and what it says to wrong arguments."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from cache_helpers import array, assert_holds, attend, forward_errors, options_of, split_at, tail, trace
 
-from flashcore_jax import CacheOverflowError, DtypeError, KVCache, OptionError, ShapeError, attention_with_kv_cache
+from flashcore_jax import ArgumentError, CacheOverflowError, DtypeError, KVCache, OptionError, ShapeError, attention_with_kv_cache
 from flashcore_jax.testing import oracle
 
 # --- overflow
@@ -68,27 +69,38 @@ def test_an_exact_fit_to_the_last_slot(implementation):
 
 RIGHT = {"query": array(2, 5, 4, 16), "key": array(2, 5, 2, 16), "value": array(2, 5, 2, 8)}
 WRONG = [
-    ("more queries than new keys", {"query": array(2, 6, 4, 16)}, ShapeError),
-    ("fewer queries than new keys", {"query": array(2, 1, 4, 16)}, ShapeError),
-    ("heads that no group divides", {"query": array(2, 5, 7, 16)}, ShapeError),
-    ("query's head dim", {"query": array(2, 5, 4, 24)}, ShapeError),
-    ("another batch", {"query": array(3, 5, 4, 16)}, ShapeError),
-    ("query's dtype", {"query": array(2, 5, 4, 16, dtype=jnp.bfloat16)}, DtypeError),
-    ("the new tokens' dtype", {"key": array(2, 5, 2, 16, dtype=jnp.bfloat16)}, DtypeError),
-    ("the new tokens' heads", {"key": array(2, 5, 4, 16), "value": array(2, 5, 4, 8)}, ShapeError),
-    ("lengths as floats", {"query_seq_lengths": array(2)}, DtypeError),
-    ("lengths of another batch", {"query_seq_lengths": array(3, dtype=jnp.int32)}, ShapeError),
-    ("a layer of none", {"layer": 0}, OptionError),
-    ("a window of -1", {"local_window_size": -1}, OptionError),
-    ("a split of 100", {"split_size": 100}, OptionError),
+    ("more queries than new keys", {"query": array(2, 6, 4, 16)}, ShapeError, "query's T = 6"),
+    ("fewer queries than new keys", {"query": array(2, 1, 4, 16)}, ShapeError, "query's T = 1"),
+    ("heads that no group divides", {"query": array(2, 5, 7, 16)}, ShapeError, "a multiple of key/value heads"),
+    ("query's head dim", {"query": array(2, 5, 4, 24)}, ShapeError, "the cache's batch and head dim"),
+    ("another batch", {"query": array(3, 5, 4, 16)}, ShapeError, "the cache's batch and head dim"),
+    ("query's dtype", {"query": array(2, 5, 4, 16, dtype=jnp.bfloat16)}, DtypeError, "the cache's dtype float32; got bfloat16"),
+    ("no cache", {"cache": None}, ArgumentError, "cache to be a KVCache; got NoneType"),
+    ("a tuple for the cache", {"cache": (1, 2)}, ArgumentError, "cache to be a KVCache; got tuple"),
+    ("the new tokens' dtype", {"key": array(2, 5, 2, 16, dtype=jnp.bfloat16)}, DtypeError, "key of the cache's dtype"),
+    ("the new tokens' heads", {"key": array(2, 5, 4, 16), "value": array(2, 5, 4, 8)}, ShapeError, "as the cache"),
+    ("lengths as floats", {"query_seq_lengths": array(2)}, DtypeError, "int32"),
+    ("lengths of another batch", {"query_seq_lengths": array(3, dtype=jnp.int32)}, ShapeError, "(2,)"),
+    ("a layer of none", {"layer": 0}, OptionError, "layers="),
+    ("a window of -1", {"local_window_size": -1}, OptionError, "local_window_size"),
+    ("a split of 100", {"split_size": 100}, OptionError, "split_size"),
 ]
 
 
-@pytest.mark.parametrize(("changed", "error"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
-def test_wrong_arguments(changed, error):
+@pytest.mark.parametrize(("changed", "error", "words"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_arguments(changed, error, words):
     cache = KVCache.create(2, 20, 2, 16, value_head_dim=8, dtype=jnp.float32)
-    with pytest.raises(error, match=r"^expected .*; got .*; "):
-        trace(functools.partial(attention_with_kv_cache, cache=cache), RIGHT | changed)
+    arguments = RIGHT | {"cache": cache} | changed
+    with pytest.raises(error, match=r"^expected .*; got .*; ") as raised:
+        trace(functools.partial(attention_with_kv_cache, cache=arguments.pop("cache")), arguments)
+    assert words in str(raised.value)
+
+
+def test_a_row_that_overflowed_before_is_not_said_to_be_full():
+    cache = dataclasses.replace(KVCache.create(2, 20, 2, 16, dtype=jnp.float32), overflowed=jnp.array([True, False]))
+    tokens = jnp.ones((2, 1, 2, 16))
+    with pytest.raises(CacheOverflowError, match=r"rows \[0\] have none, or have overflowed before; .*truncate\(\) or reset\(\)"):
+        attention_with_kv_cache(tokens, tokens, tokens, cache)
 
 
 def test_32_query_heads_on_7_raise_and_on_8_do_not():

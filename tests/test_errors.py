@@ -1,5 +1,8 @@
 """Every mistake is found when traced, has its type, and its message says what was expected, what came, and what to do."""
 
+import inspect
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -120,11 +123,6 @@ def test_kinds():
     assert issubclass(Unsupported, NotImplementedError)
 
 
-def test_unknown_implementation():
-    with pytest.raises(OptionError, match=r"'triton', 'xla'.*got 'cudnn'"):
-        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="cudnn"), **RIGHT)
-
-
 def test_an_old_gpu_is_unsupported():
     """Traced for a V100: `triton` named raises and says why, None takes another."""
     device = jax.sharding.AbstractDevice(device_kind="Tesla V100-SXM2-16GB", num_cores=None, platform="gpu")
@@ -137,10 +135,61 @@ def test_an_old_gpu_is_unsupported():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels are interpreted on a CPU only")
-def test_interpreting_warns_once():
+def test_interpreting_warns_the_caller_once():
     with pytest.warns(InterpretWarning, match="interpreter, slowly") as caught:
         jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, implementation="triton"), **RIGHT)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
+    cache = flashcore_jax.KVCache.create(1, 4, 1, 16, dtype=jnp.float32)
+    token = jnp.ones((1, 1, 1, 16))
+    with pytest.warns(InterpretWarning) as caught:
+        flashcore_jax.attention_with_kv_cache(token, token, token, cache, implementation="triton")
+    assert {warning.filename for warning in caught} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flashcore_jax.explain(**RIGHT, implementation="triton").implementation == "triton"
+
+
+def test_explain_tells_what_hopper_hands_on():
+    """Traced for an H200: a length that the copy engine cannot take, lengths that only Triton's backward takes, and a decode step."""
+
+    def explain(T, S, **options):
+        query, key = (jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16) for length in (T, S))
+        return flashcore_jax.explain(query, key, key, **options)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        if explain(512, 512).implementation != "mosaic_gpu":
+            pytest.skip("jax is too old for the Hopper kernels")
+        assert explain(512, 512).handed_on == {}
+        assert str(explain(512, 512)).startswith("takes mosaic_gpu; triton: would run if named")
+        odd = explain(512, 513)
+        assert set(odd.handed_on) == {"forward", "backward"}
+        assert "forward by the Triton kernels: of T = 512 and S = 513 one is no multiple of 8" in str(odd)
+        assert "below 128" in explain(120, 512).handed_on["forward"]
+        assert "few queries" in explain(1, 512).handed_on["forward"]
+        assert set(explain(512, 512, query_seq_lengths=jax.ShapeDtypeStruct((1,), jnp.int32)).handed_on) == {"backward"}
+
+
+def test_explain_takes_the_arguments_of_attention():
+    of_explain, of_attention = (inspect.signature(f).parameters for f in (flashcore_jax.explain, flashcore_jax.attention))
+    assert list(of_explain) == list(of_attention)
+    assert [p.default for p in of_explain.values()] == [p.default for p in of_attention.values()]
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", ["xla"], 1])
+def test_an_implementation_that_there_is_not(implementation):
+    for f in (flashcore_jax.attention, flashcore_jax.explain):
+        with pytest.raises(OptionError, match="expected implementation to be None or one of 'mosaic_gpu', 'triton', 'xla'; got "):
+            jax.eval_shape(lambda f=f, **arrays: f(**arrays, implementation=implementation), **RIGHT)
+
+
+def test_false_is_no_precision():
+    with pytest.raises(OptionError, match="got False"):
+        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, precision=False), **RIGHT)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
+def test_without_a_gpu_explain_says_so():
     explanation = flashcore_jax.explain(**RIGHT)
     assert explanation.implementation == "xla"
     assert "GPU" in explanation.reasons["triton"]

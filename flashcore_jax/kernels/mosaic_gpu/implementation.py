@@ -13,7 +13,7 @@ from flashcore_jax.rows import Rows
 from flashcore_jax.tuning.gpus import target_gpu
 from flashcore_jax.tuning.tiles import tiles_for
 
-__all__ = ["append", "backward", "forward", "unsupported"]
+__all__ = ["append", "backward", "forward", "handed_on", "unsupported"]
 
 _SHORTEST = 128  # queries or keys: a program's tile has 192 queries
 _ROWS = 8  # the copy engine takes so many at a time, and finds them in arrays that hold a multiple of it
@@ -35,9 +35,22 @@ def unsupported(problem: Problem | None) -> str | None:
     return None if problem is None else unsupported(problem)
 
 
-def _is_addressable(problem: Problem) -> bool:
+def handed_on(problem: Problem) -> dict[str, str]:
+    """The steps of a call, "forward" and "backward", that the Triton kernels compute, and why."""
+    from flashcore_jax.kernels.mosaic_gpu.backward import unsupported
+
     p = problem
-    return min(p.T, p.S) >= _SHORTEST and p.T % _ROWS == p.S % _ROWS == 0
+    size = f"of T = {p.T} and S = {p.S} " + ("(a cache's S is its capacity) " if p.cached else "")
+    both = None
+    if min(p.T, p.S) < _SHORTEST:
+        both = f"{size}one is below {_SHORTEST}"
+    elif p.T % _ROWS or p.S % _ROWS:
+        both = f"{size}one is no multiple of {_ROWS}"
+    forward = "few queries on many keys" if _suits_decode(p) else both
+    if forward is None and not _has_its_blocks(p):
+        forward = f"the tiles in force add up keys in other blocks than {BLOCK}"
+    steps = {"forward": forward, "backward": both or unsupported(p)}
+    return {step: why for step, why in steps.items() if why}
 
 
 def _has_its_blocks(problem: Problem) -> bool:
@@ -48,7 +61,7 @@ def _has_its_blocks(problem: Problem) -> bool:
 
 def forward(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
-    if _suits_decode(problem) or not _is_addressable(problem) or not _has_its_blocks(problem):
+    if "forward" in handed_on(problem):
         return triton.forward(query, key, value, rows, problem)
     from flashcore_jax.kernels.mosaic_gpu.forward import forward
 
@@ -57,8 +70,8 @@ def forward(query, key, value, rows: Rows, problem: Problem):
 
 def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Problem):
     """The gradients of query, key and value."""
-    from flashcore_jax.kernels.mosaic_gpu.backward import backward, unsupported
-
-    if unsupported(problem) is not None or not _is_addressable(problem):
+    if "backward" in handed_on(problem):
         return triton.backward(query, key, value, rows, out, lse, dout, dlse, problem)
+    from flashcore_jax.kernels.mosaic_gpu.backward import backward
+
     return backward(query, key, value, out, lse, dout, dlse, problem, target_gpu())
