@@ -157,11 +157,7 @@ def problem_of(
 
 def _precision(precision, dtype: str) -> str:
     try:
-        canonical = (
-            precision
-            if isinstance(precision, jax.lax.DotAlgorithmPreset)
-            else jax.lax.Precision("highest" if precision is None else precision)
-        )
+        canonical = jax.lax.Precision(precision) if isinstance(precision, str) else precision
         name = "tf32x3" if precision is None else _PRECISIONS[canonical]
     except (KeyError, ValueError, TypeError):
         known = "None, a jax.lax.Precision or its name, or a float32 jax.lax.DotAlgorithmPreset"

@@ -139,7 +139,9 @@ def test_without_jit_an_overflow_raises_before_anything_is_written(implementatio
     cache, (key, value) = filled(lengths), tokens(5)
     layer = None if cache.layers is None else 1
     before = bits(cache)
-    with pytest.raises(CacheOverflowError, match=rf"^expected room for 5 more tokens in a cache of capacity {S}; rows \[0, 2, 3\]"):
+    with pytest.raises(
+        CacheOverflowError, match=rf"^expected room for up to 5 more tokens in every row of a cache of capacity {S}; rows \[0, 2, 3\]"
+    ):
         cache.append(key, value, layer=layer, implementation=implementation)
     query = jnp.ones((B, 5, K, H), jnp.float32)
     with pytest.raises(CacheOverflowError, match=r"rows \[0, 2, 3\]"):

@@ -183,9 +183,10 @@ def test_an_implementation_that_there_is_not(implementation):
             jax.eval_shape(lambda f=f, **arrays: f(**arrays, implementation=implementation), **RIGHT)
 
 
-def test_false_is_no_precision():
-    with pytest.raises(OptionError, match="got False"):
-        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, precision=False), **RIGHT)
+@pytest.mark.parametrize("precision", [False, 0, "exact"])
+def test_what_is_no_precision(precision):
+    with pytest.raises(OptionError, match=f"got {precision!r}"):
+        jax.eval_shape(lambda **arrays: flashcore_jax.attention(**arrays, precision=precision), **RIGHT)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
