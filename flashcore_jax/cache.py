@@ -9,11 +9,11 @@ import numpy as np
 
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
-from flashcore_jax.problem import is_int
+from flashcore_jax.problem import DTYPES, is_int
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
     """A pytree of four arrays; every method returns a new cache and leaves this one as it is.
 
@@ -81,7 +81,7 @@ class KVCache:
             for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim))
         )
         name = _dtype_name(dtype)
-        check([(name in ("float16", "bfloat16", "float32"), DtypeError, "dtype float16, bfloat16 or float32", name, "pass one of them")])
+        check([(name in DTYPES, DtypeError, f"dtype {', '.join(DTYPES)}", name, "pass one of them")])
         stack = () if layers is None else (layers,)
         key, value = (jnp.zeros((*stack, batch, capacity, kv_heads, size), dtype) for size in (head_dim, value_head_dim))
         return cls(key, value, jnp.zeros((*stack, batch), jnp.int32), jnp.zeros((*stack, batch), bool))
@@ -129,13 +129,13 @@ class KVCache:
 
         An overflowed row that holds all of those tokens is whole again. A length below 0 counts as 0.
         """
-        length = jnp.asarray(length)
-        rows = self.length.shape
+        length = length if isinstance(length, jax.Array) else np.asarray(length)
+        shape = self.length.shape
         check([
             (jnp.issubdtype(length.dtype, jnp.integer), DtypeError, "length to be an int or an int32 array", length.dtype, "pass int32"),
-            (length.shape in ((), rows[-1:], rows), ShapeError, f"length of shape (), [B] = {rows[-1:]}, or that of the cache's {rows}", length.shape, "give one length per row"),
+            (length.shape in ((), shape[-1:], shape), ShapeError, f"length of shape (), [B] = {shape[-1:]}, or that of the cache's {shape}", length.shape, "give one length per row"),
         ])  # fmt: skip
-        length = jnp.maximum(length.astype(jnp.int32), 0)
+        length = jnp.maximum(rows.int32(length), 0)
         return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
 
     def reset(self, rows=slice(None)) -> "KVCache":
@@ -144,7 +144,7 @@ class KVCache:
         An index is from -B to B - 1. Outside `jit` another one raises `OptionError`; under `jit`, where nothing can, it is ignored.
         """
         if not isinstance(rows, slice):
-            rows = jnp.asarray(rows)
+            rows = jnp.asarray(rows, jnp.int32 if np.shape(rows) == (0,) else None)  # an empty list says nothing of its dtype
             if rows.dtype == bool:  # a traced mask is no index
                 B = self.length.shape[-1]
                 check([(rows.shape == (B,), ShapeError, f"a mask of shape [B] = ({B},)", rows.shape, "give one bool per row")])

@@ -21,6 +21,15 @@ def scores_of(products, scale: float, logits_soft_cap: float | None, tanh=jnp.ta
     return products if scale > 0 else products * (-1.0 if scale < 0 else 0.0), log2_scale
 
 
+ROUGH_TANH = 2.0**-21  # the error of tanh by the GPU's approximations of exp2 and the reciprocal
+
+
+def takes_rough_tanh(dtype: str, logits_soft_cap: float | None) -> bool:
+    """Whether the error that it gives a logit, times the cap, is within the rounding of the inputs' dtype: of float16's 2^-11 for
+    both 16-bit ones, and so for caps up to 1024. It is too much for float32."""
+    return dtype != "float32" and (logits_soft_cap or 0.0) * ROUGH_TANH <= 2.0**-11
+
+
 def log2_scale_of(scale: float, logits_soft_cap: float | None) -> float:
     """What makes logits in log2 units of scores."""
     return (abs(scale) or 1.0) * LOG2_E if logits_soft_cap is None else logits_soft_cap * LOG2_E

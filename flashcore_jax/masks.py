@@ -15,6 +15,7 @@ query_length + i`: the last query stands on the last key (bottom-right alignment
 """
 
 import dataclasses
+import numbers
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,7 +31,7 @@ class Band:
     @classmethod
     def of(cls, is_causal: bool, local_window_size: int | tuple[int, int] | None) -> "Band":
         window = local_window_size
-        left, right = (window, window) if isinstance(window, int) or window is None else window
+        left, right = (window, window) if isinstance(window, numbers.Integral) or window is None else window
         return cls(left, 0 if is_causal else right)
 
     @property

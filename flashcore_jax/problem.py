@@ -18,6 +18,8 @@ SPLIT_UNIT = 128
 # that saves these two never runs the forward a second time.
 RESIDUAL_NAMES = ("flashcore_out", "flashcore_lse")
 
+_LEAST, _MOST = 1e-30, 1e30  # of a scale or a cap: its products with log2(e) and their quotients stay normal float32 numbers
+
 _PRECISIONS = {
     jax.lax.Precision.DEFAULT: "tf32",
     jax.lax.Precision.HIGH: "tf32x3",
@@ -135,8 +137,8 @@ def problem_of(
     check([
         (isinstance(is_causal, bool), OptionError, "is_causal to be True or False", is_causal, "it is static: jit with static_argnames, or close over it"),
         (window is None or (sides is not None and len(sides) == 2 and all(is_int(s) and s >= 0 for s in sides)), OptionError, "local_window_size to be None, an int >= 0, or (left, right) of such", window, "left and right count keys beside the query's own position"),
-        (scale is None or (_is_real(scale) and math.isfinite(scale)), OptionError, "scale to be None or a finite Python number", scale, "multiply query by a traced scale, and pass scale=1.0"),
-        (logits_soft_cap is None or (_is_real(logits_soft_cap) and 0 < logits_soft_cap < math.inf), OptionError, "logits_soft_cap to be None or a finite number > 0", logits_soft_cap, "None turns it off"),
+        (scale is None or (_is_real(scale) and (scale == 0 or _LEAST <= abs(scale) <= _MOST)), OptionError, f"scale to be None, 0, or a Python number from {_LEAST} to {_MOST} in size", scale, "multiply query by a traced scale, and pass scale=1.0"),
+        (logits_soft_cap is None or (_is_real(logits_soft_cap) and _LEAST <= logits_soft_cap <= _MOST), OptionError, f"logits_soft_cap to be None or a number from {_LEAST} to {_MOST}", logits_soft_cap, "None turns it off"),
         (split_size is None or (is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each schedule choose"),
     ])  # fmt: skip
     if sides is not None:  # a side that no pair of this call reaches is no bound, and may not fit 32 bits

@@ -128,8 +128,8 @@ def _over_batch(row, query, key, value, query_lengths, key_lengths):
     dtype = jax.dtypes.canonicalize_dtype(float)
     query, key, value = (jnp.asarray(a).astype(dtype) for a in (query, key, value))
     B, T, S = query.shape[0], query.shape[1], key.shape[1]
-    query_lengths = jnp.full(B, T, jnp.int32) if query_lengths is None else query_lengths
-    key_lengths = jnp.full(B, S, jnp.int32) if key_lengths is None else key_lengths
+    query_lengths = jnp.full(B, T, jnp.int32) if query_lengths is None else jnp.clip(query_lengths, 0, T)
+    key_lengths = jnp.full(B, S, jnp.int32) if key_lengths is None else jnp.clip(key_lengths, 0, S)
     return jax.vmap(row)(query, key, value, query_lengths, key_lengths)
 
 

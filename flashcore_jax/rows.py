@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Rows(NamedTuple):
@@ -30,8 +31,15 @@ def append(length, overflowed, count, capacity: int):
 
 
 def int32(lengths):
-    """Lengths as the kernels take them; None stays None, and is never filled in: that would be a kernel of its own."""
-    return None if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
+    """Lengths as the kernels take them, clamped to 32 bits where they have more; None stays None, and is never filled in: that would be
+    a kernel of its own."""
+    if lengths is None:
+        return None
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)  # `jnp.asarray` would wrap around
+    most, own = jnp.iinfo(jnp.int32), jnp.iinfo(lengths.dtype)
+    if own.max > most.max or own.min < most.min:
+        lengths = lengths.clip(max(own.min, most.min), most.max)
+    return jnp.asarray(lengths, jnp.int32)
 
 
 class Update(NamedTuple):

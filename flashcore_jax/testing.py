@@ -15,6 +15,7 @@ rounded once. It is a worst case, therefore wide. The second holds for the root 
 
 import dataclasses
 import functools
+import numbers
 import zlib
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ GRADIENT_GATE = {"float16": 3.5e-4, "bfloat16": 2.8e-3, "float32": 2.0**-19}
 _ROWS_FOR_A_MEAN = 64
 # lse is float32 whatever the inputs are. Four steps of 2^-22: split operands, accumulation, exp2, log2.
 LSE_ROUNDOFF = 2.0**-20
+# Of 1 - tanh^2 in float32: twice tanh's own error, which is up to 2^-22 (four units) by the libraries' and the approximation's bounds.
+_SLOPE_ERROR = 2.0**-21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +237,7 @@ def oracle(
     group = N // K
     roundoff = _Roundoff(query.dtype)
     scale = 1.0 / np.sqrt(H) if scale is None else scale
-    window = (local_window_size,) * 2 if local_window_size is None or isinstance(local_window_size, int) else local_window_size
+    window = (local_window_size,) * 2 if local_window_size is None or isinstance(local_window_size, numbers.Integral) else local_window_size
     query_lengths = np.full(B, T) if query_seq_lengths is None else np.asarray(query_seq_lengths)
     key_lengths = np.full(B, S) if key_value_seq_lengths is None else np.asarray(key_value_seq_lengths)
 
@@ -261,7 +264,8 @@ def oracle(
         p = np.exp(logits - lse[:, None])
         out = p @ v
         delta = (d_out * out).sum(axis=1)
-        ds = p * (d_out @ v.T - delta[:, None] + d_lse[:, None]) * slope
+        dlogits = p * (d_out @ v.T - delta[:, None] + d_lse[:, None])
+        ds = dlogits * slope
         exact.out[at], exact.lse[at], exact.dquery[at] = out, lse, scale * (ds @ k)
         exact.dkey[b, :s, head] += scale * (ds.T @ q)
         exact.dvalue[b, :s, head] += p.T @ d_out
@@ -271,6 +275,8 @@ def oracle(
         bound.lse[at] = LSE_ROUNDOFF * (sizes.max(axis=1) + np.abs(lse) + 1.0)
         delta_error = (np.abs(d_out) * (roundoff.of(out) + bound.out[at])).sum(axis=1)
         ds_error = roundoff.of(ds) * seen + np.abs(p * slope) * delta_error[:, None]
+        if logits_soft_cap is not None:  # however little it leaves
+            ds_error += _SLOPE_ERROR * np.abs(dlogits)
         bound.dquery[at] = abs(scale) * (ds_error @ np.abs(k))
         bound.dkey[b, :s, head] += abs(scale) * (ds_error.T @ np.abs(q))
         bound.dvalue[b, :s, head] += (roundoff.of(p) * seen).T @ np.abs(d_out)

@@ -276,3 +276,38 @@ def test_after_truncate_and_reset_tokens_are_written_over(implementation):
     assert_same_bits(got, appended(cache, key, value, counts))
     assert_same_bits(got.key[0, 18:23], key[0])
     assert_same_bits(got.key[2, :4], key[2, :4])
+
+
+# --- numbers and arrays that are no jax.Array of int32
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 2**31, 2**32 + 2, 2**63 - 1])
+def test_lengths_that_do_not_fit_32_bits_are_clamped_and_not_wrapped(implementation, most):
+    cache, new = filled([3, 3, 3, 3]), tokens(2)
+    np.testing.assert_array_equal(cache.truncate(most).length, 3)
+    np.testing.assert_array_equal(cache.truncate(-most).length, 0)
+    np.testing.assert_array_equal(cache.truncate(np.array([1, most, -most, 2])).length, [1, 3, 0, 2])
+    got = cache.append(*new, query_seq_lengths=np.array([1, most, -most, 2]), implementation=implementation)
+    np.testing.assert_array_equal(got.length, [4, 5, 3, 5])
+
+
+def test_a_cache_of_numpy_arrays(implementation):
+    """A checkpoint that was read back, or what `jax.device_get` gives."""
+    cache, new = filled([0, 3, 20, S - 5]), tokens(5)
+    got = jax.device_get(cache).append(*new, implementation=implementation)
+    assert_same_bits(got, cache.append(*new, implementation=implementation))
+    chex.assert_trees_all_equal(jax.device_get(cache).truncate(2).reset(1).length, cache.truncate(2).reset(1).length)
+
+
+@pytest.mark.parametrize("none", [[], (), np.array([], int), jnp.array([], jnp.int32)], ids=repr)
+def test_reset_of_no_rows_changes_nothing(none):
+    cache = filled([0, 3, 20, 7])
+    assert_same_bits(cache.reset(none), cache)
+
+
+def test_a_cache_is_itself():
+    """Compared and hashed as an object: its arrays cannot be."""
+    cache = filled([0, 3, 20, 7])
+    assert cache == cache
+    assert cache != filled([0, 3, 20, 7])
+    assert len({cache, cache}) == 1

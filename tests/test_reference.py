@@ -100,3 +100,14 @@ def test_where_jax_nn_differs():
     assert jax.nn.dot_product_attention(query, key, value, is_causal=True)[0, 0, 0, 0] == 0.0
     for attention in REFERENCES.values():
         np.testing.assert_allclose(attention(query, key, value, is_causal=True), 1.5, rtol=2**-22)
+
+
+@pytest.mark.parametrize("which", [reference.attention, reference.incremental_attention], ids=lambda f: f.__name__)
+def test_lengths_are_clamped_and_a_window_is_any_integer(which):
+    """As `attention` does it."""
+    arrays = [jax.random.normal(jax.random.key(i), (1, size, 1, 8)) for i, size in enumerate((4, 8, 8))]
+    for name, high, full in (("query_seq_lengths", 6, 4), ("key_value_seq_lengths", 10, 8)):
+        for length, same in ((high, full), (-3, 0)):
+            got, expected = (which(*arrays, is_causal=True, **{name: jnp.array([n])}) for n in (length, same))
+            chex.assert_trees_all_equal(got, expected)
+    chex.assert_trees_all_equal(*(which(*arrays, local_window_size=window) for window in (np.int64(1), 1)))

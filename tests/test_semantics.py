@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flashcore_jax
-from flashcore_jax.testing import UNIT_ROUNDOFF, WORKLOADS, Inputs, Workload, assert_right, errors, evaluate, inputs, oracle
+from flashcore_jax.testing import UNIT_ROUNDOFF, WORKLOADS, Inputs, Workload, assert_right, errors, errors_of, evaluate, inputs, oracle
 
 DTYPES = ("bfloat16", "float16", "float32")
 WORKLOAD = {w.name: w for w in WORKLOADS}
@@ -277,3 +277,30 @@ def test_the_default_runs_here():
     explanation = flashcore_jax.explain(*arrays[:3], is_causal=True)
     assert explanation.reasons[explanation.implementation] is None
     assert set(explanation.reasons) >= {"triton", "xla"}
+
+
+def test_a_split_size_beyond_all_keys(implementation):
+    """Of any size: one split of all keys, also where its end would not fit 32 bits."""
+    w = Workload("splits", 1, 1, 64, 1, 1, 64, 64, "float32")
+    arrays = inputs(w)
+    got, expected = (evaluate(attention_by(implementation, size), arrays) for size in (2**40, 128))
+    chex.assert_trees_all_equal(got, expected)
+
+
+def test_a_saturated_soft_cap(implementation):
+    """Every logit is near the cap, whose slope is what 1 - tanh^2 leaves of its rounding."""
+    w = Workload("cap", 1, 70, 70, 1, 1, 64, 64, "float32", is_causal=True, logits_soft_cap=0.2)
+    found = errors_of(w, implementation)
+    assert max(found.values()) <= 1, found
+    wrong = evaluate(attention_by(implementation), inputs(w), is_causal=True, logits_soft_cap=0.21)
+    assert errors(wrong, oracle(inputs(w), **w.options))["dkey"] > 1
+
+
+@pytest.mark.parametrize("cap", [50.0, 1000.0, 1e5])
+def test_the_error_of_a_large_soft_cap(implementation, cap):
+    """tanh's error is multiplied by the cap: logits of the cap's own size, in 16 bits."""
+    w = Workload("large cap", 1, 40, 40, 1, 1, 16, 16, "float16", logits_soft_cap=cap)
+    arrays = inputs(w)
+    arrays = arrays._replace(query=arrays.query * min(cap, 1000.0), key=arrays.key * max(1.0, cap / 1000.0))
+    found = errors(evaluate(attention_by(implementation), arrays, logits_soft_cap=cap), oracle(arrays, logits_soft_cap=cap))
+    assert max(found["out"], found["lse"]) <= 1, found

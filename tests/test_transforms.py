@@ -232,3 +232,29 @@ def test_xla_has_them_all(derivative):
     plain = functools.partial(reference.attention, is_causal=True, **options)
     expected = jax.jit(functools.partial(BEYOND[derivative], functools.partial(scalar, plain)))(x)
     assert_close(got, expected, calls=4)  # a second derivative adds the products of two first ones: four times their error
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_gradient_of_a_vmap_over_lengths(implementation, name):
+    """The other way round than above: what is differentiated is the batched call. A block's condition is then one for each row."""
+    lengths = jnp.stack([LENGTHS[name], LENGTHS[name][::-1]])
+    loss = loss_of(lambda *arrays, **options: by(implementation)(*arrays[:3], **{name: arrays[3]}, **options))
+    got = jax.jit(jax.grad(lambda *arrays: jnp.sum(jax.vmap(loss)(*arrays, lengths)), (0, 1, 2)))(*arrays(2, B))
+    expected = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))(*arrays(2, B), lengths)
+    assert_close(got, expected)
+
+
+def test_second_derivative_of_a_vmap_over_lengths():
+    query, key, value = (x[:, :1, :6, :1] for x in arrays(2, B))
+    lengths = jnp.array([[4], [6]])
+
+    def loss(query):
+        one = functools.partial(flashcore_jax.attention, implementation="xla")
+        return jnp.sum(jax.vmap(lambda q, k, v, n: one(q, k, v, key_value_seq_lengths=n))(query, key, value, lengths) ** 2)
+
+    def dense(query):
+        return jnp.sum(jax.vmap(lambda q, k, v, n: reference.attention(q, k, v, key_value_seq_lengths=n))(query, key, value, lengths) ** 2)
+
+    direction = jnp.ones_like(query)
+    got, expected = (jax.jvp(jax.grad(f), (query,), (direction,))[1] for f in (loss, dense))
+    assert_close(got, expected)

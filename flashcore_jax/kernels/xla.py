@@ -44,7 +44,7 @@ def append(key_cache, value_cache, length, overflowed, key, value, count, layer)
     token = jnp.arange(T, dtype=jnp.int32)
     slots = jnp.where(token < count[:, None], start[:, None] + token, S + token)
     at = (*(() if layer is None else (layer_within(layer[0], key_cache.shape[0]),)), jnp.arange(B)[:, None], slots)
-    written = (x.at[at].set(new, mode="drop", unique_indices=True) for x, new in ((key_cache, key), (value_cache, value)))
+    written = (jnp.asarray(x).at[at].set(new, mode="drop", unique_indices=True) for x, new in ((key_cache, key), (value_cache, value)))
     return *written, *rows
 
 
@@ -173,7 +173,7 @@ def _visibility(first_query, query_length, key_length, p: Problem):
     queries = first_query + jnp.arange(size)
 
     def nonempty(block):
-        return jnp.any((blocks["start"] <= block) & (block < blocks["stop"]))
+        return _any((blocks["start"] <= block) & (block < blocks["stop"]))
 
     def seen(block):
         keys = block * _BLOCK_K + jnp.arange(_BLOCK_K)
@@ -181,6 +181,18 @@ def _visibility(first_query, query_length, key_length, p: Problem):
         return visible(queries[:, None], keys[None, :], *per_row, p.band)[:, None, None]
 
     return nonempty, seen
+
+
+@jax.custom_batching.custom_vmap
+def _any(x):
+    """Under `vmap` of any row of all batches: a condition for each would visit every block, and reverse mode cannot transpose what JAX
+    makes of it."""
+    return jnp.any(x)
+
+
+@_any.def_vmap
+def _any_of_every_batch(size, is_batched, x):
+    return _any(x), False
 
 
 def _varying_like(start, *arrays):

@@ -24,7 +24,7 @@ from flashcore_jax.kernels.mosaic_gpu import registers
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
 from flashcore_jax.kernels.mosaic_gpu.registers import as_row, as_tile, over_columns
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blocks_of, schedule_of
-from flashcore_jax.logits import scores_of
+from flashcore_jax.logits import scores_of, takes_rough_tanh
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows, layer_within
@@ -57,6 +57,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"the tensor cores that it drives take 16-bit inputs, not {p.dtype}"
     if not {p.H, p.Hv} <= set(_PLANS):
         return f"its tiles are for head dims {', '.join(map(str, _PLANS))}, not {p.H} and {p.Hv}"
+    if not takes_rough_tanh(p.dtype, p.logits_soft_cap):
+        return f"its tanh is not exact enough for a soft cap of {p.logits_soft_cap:g}"
     return None
 
 

@@ -138,7 +138,7 @@ def scaled_exp2(scores, shift, log2_scale: float):
 
 
 def tanh(x):
-    """As `kernels.triton.launch.tanh_for`, for 16-bit inputs: 1 - 2 / (2^(2 log2(e) x) + 1)."""
+    """As `kernels.triton.launch.tanh_for`, the rough one: 1 - 2 / (2^(2 log2(e) x) + 1)."""
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(x))
     def run(_, x):

@@ -54,7 +54,7 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
         is_row = sees_any(queries, query_length, key_length, problem.band) if masked else None
         at_block = (group_head, pl.ds(block * block_q, block_q))
         q = load_chunks(q_ref, h, at_block[::-1], is_row)
-        scores, log2_scale = scores_of(dot_chunks(k, q, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
+        scores, log2_scale = scores_of(dot_chunks(k, q, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem))
         lse = load(lse_ref, at_block, rows=is_row) * LOG2_E
         p = scaled_exp2(scores, log2_scale, lse[None, :])
         if masked:
@@ -98,7 +98,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
         is_key = keys < key_length if masked else None
         at_block = (pl.ds(block * block_k, block_k),)
         k = load_chunks(k_ref, h, at_block, is_key)
-        scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
+        scores, log2_scale = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem))
         p = scaled_exp2(scores, log2_scale, lse[:, None])
         if masked:
             seen = visible(queries[:, None], keys[None, :], query_length, key_length, problem.band)

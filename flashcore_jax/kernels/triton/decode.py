@@ -70,12 +70,13 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     per_split = (p.split_size or DEFAULT_SPLIT_SIZE) // tile.block_k
     if p.split_size is None and 4 * tiles * pl.cdiv(blocks, per_split) < 3 * multiprocessors:
         per_split = max(pl.cdiv(blocks, pl.cdiv(4 * multiprocessors, tiles)), 256 // tile.block_k)
+    per_split = min(per_split, blocks)  # else the end of an empty split behind them may not fit 32 bits
     splits = pl.cdiv(blocks, per_split)
     parts = 1
     while 2 * tiles * splits * parts <= multiprocessors and p.Hv % (2 * parts) == 0 and p.Hv // (2 * parts) in (32, 64, 128):
         parts *= 2
     # Of few rows, or the scores are larger than the keys. Not in float32, where it has not been measured and ptxas spills (A100).
-    scores_first = parts > 1 and min(per_split, blocks) >= _LONG_CHAIN and p.T * p.G <= _CHAIN["block_q"] and p.dtype != "float32"
+    scores_first = parts > 1 and per_split >= _LONG_CHAIN and p.T * p.G <= _CHAIN["block_q"] and p.dtype != "float32"
     if scores_first:
         tile = dataclasses.replace(tile, **_CHAIN)
     elif parts > 1:

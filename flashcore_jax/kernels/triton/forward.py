@@ -32,7 +32,7 @@ def scores_at(q, k_ref, row: Row, queries, problem: Problem, block_k: int):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
         k = load_chunks(k_ref, column_chunks(problem.H), (*row.layer, pl.ds(block * block_k, block_k)), is_key)
-        scores, _ = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem.dtype))
+        scores, _ = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem))
         if not masked:
             return scores
         return jnp.where(visible(queries[:, None], keys[None, :], query_length, key_length, problem.band), scores, -jnp.inf)

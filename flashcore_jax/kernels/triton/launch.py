@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from flashcore_jax import online_softmax
+from flashcore_jax.logits import takes_rough_tanh
+from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import target_gpu
 
 _DOT_PRECISION = {
@@ -110,14 +112,13 @@ def scaled_exp2(scores, log2_scale: float, shift):
     return _asm(f"neg.f32 x, $2; fma.rn.f32 x, $1, {_literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;", scores, shift)
 
 
-def tanh_for(dtype: str):
-    """tanh of float32, good enough for scores of products of this dtype.
+def tanh_for(problem: Problem):
+    """tanh of float32, good enough for the problem's scores.
 
-    The libdevice function branches and takes registers. 1 - 2 / (2^(2 log2(e) x) + 1) is within 2^-21, by the
-    instructions' own bounds (half of exp2's 2^-22, twice the reciprocal's 2^-23, two roundings): far inside the rounding
-    of 16-bit probabilities, and too much for float32 ones.
+    The libdevice function branches and takes registers. 1 - 2 / (2^(2 log2(e) x) + 1) is within `ROUGH_TANH`, by the
+    instructions' own bounds (half of exp2's 2^-22, twice the reciprocal's 2^-23, two roundings).
     """
-    if target_gpu() is None or dtype == "float32":
+    if target_gpu() is None or not takes_rough_tanh(problem.dtype, problem.logits_soft_cap):
         return jnp.tanh
     two_log2_e = _literal(2.0 * online_softmax.LOG2_E)
     return functools.partial(
