@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from benchmarks import pictures, records, tables
-from benchmarks.peers import NO_SPLIT, OURS, PEERS
+from benchmarks.peers import DEFAULT, NO_SPLIT, OURS, OWN, PEERS
 from benchmarks.records import SLOWER, Results
 from benchmarks.tables import geometric_mean, label, number
 from benchmarks.workloads import BOARDS, DIRECTIONS, TITLES, Cell, directions
@@ -52,7 +52,7 @@ def summary(prefill: Results, decode: Results) -> list[str]:
     for direction in DIRECTIONS:
         if text := mean_sentence(prefill, direction, TITLES[direction]):
             if lead := prefill.lead(direction, PALLAS_PEERS).values():
-                text += f"; {min(lead):.2f} to {max(lead):.2f} times the fastest other Pallas kernel that was run"
+                text += f"; {min(lead):.2f} to {max(lead):.2f} times as fast as {tables.best_of(prefill, PALLAS_PEERS)}"
             lines.append(f"- {text}.")
     if text := mean_sentence(decode, "fwd", "Decode"):
         fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
@@ -89,17 +89,6 @@ def changes(boards: dict[str, Results]) -> list[str]:
             verdict = f"**slower by more than {SLOWER:.0%}: {'; '.join(listed)}**" if listed else f"none slower by more than {SLOWER:.0%}"
             lines.append(f"{text} (medians); {verdict}.")
     return lines
-
-
-def changes_in_short(boards: dict[str, Results]) -> list[str]:
-    found = [change for results in boards.values() for change in results.changes(results.ours).values()]
-    if not found:
-        return []
-    count = sum(change > SLOWER for change in found)
-    median = percent(statistics.median_low(found))
-    return [
-        f"- Against the run before, {count} of our {len(found)} times are slower by more than {SLOWER:.0%}; the median changed by {median}."
-    ]
 
 
 def left_out(boards: dict[str, Results]) -> list[str]:
@@ -151,6 +140,9 @@ def declined(results: Results) -> list[str]:
         where = {d: "every cell" if len(c) == len(results.cells) else ", ".join(c) for d, c in found.items()}
         text = "; ".join(cells if only_one else f"{d}: {cells}" for d, cells in where.items())
         lines.append(f"- {label(name)}, {status} ({text}): {reason}")
+    known = {name for group in results.times.values() for name in group} | set(OWN)
+    if missing := [label(name) for name in DEFAULT.get(results.board, ()) if name not in known]:
+        lines.append(f"- Not part of this run: {', '.join(missing)}.")
     return ["", *lines] if lines else []
 
 
@@ -299,7 +291,13 @@ def performance(boards: dict[str, Results]) -> str:
         lines += ["Nothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."]
     else:
         described = measured[0].runs.keys()
-        lines += [provenance(measured[0]) + "\n", *head_section(boards)]
+        again = (
+            "`python -m benchmarks.run --board prefill lengths decode loops latency float32 --memory --out benchmarks/results/NAME.jsonl`"
+        )
+        lines += [
+            provenance(measured[0]) + f" To measure it yourself: {again}, then `python -m benchmarks.report`.\n",
+            *head_section(boards),
+        ]
     for results in measured:
         if results.cells:
             lines.append(f"\n## {results.board.capitalize()}\n")
@@ -319,7 +317,7 @@ def readme_section(boards: dict[str, Results]) -> str:
     run = prefill.runs[max(prefill.runs)]
     return "\n".join([
         f"{run['device']}, jax {run['versions']['jax']}, {run['date']}, bfloat16, default `split_size`; speed as a fraction, above 1 is faster:\n",
-        tables.readme(prefill, PALLAS_PEERS), "", *summary(prefill, boards["decode"]), *changes_in_short(boards),
+        tables.readme(prefill, PALLAS_PEERS), "", *summary(prefill, boards["decode"]),
         "\nEvery contender, the method, the errors and the memory: [docs/performance.md](docs/performance.md).\n",
     ])  # fmt: skip
 

@@ -12,6 +12,7 @@ from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.errors import Unsupported
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, problem_of
 from flashcore_jax.rows import Rows, int32, of_layer, with_layer
+from flashcore_jax.sharding import shards_of
 
 
 def attention(
@@ -91,6 +92,15 @@ def attention(
 
 def attend(query, key, value, rows: Rows, problem: Problem, implementation: str | None):
     """`attention` of a checked problem, out and lse. Where the problem is cached, key, value and rows hold the cache's arrays."""
+    if shards := shards_of((query, key, value), problem.K):
+        of_query, of_keys, of_cache = shards.of_tokens(), shards.of_tokens(problem.L), shards.of_rows(problem.L)
+
+        def attend_own(query, key, value, *rows):
+            own = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
+            return attend(query, key, value, Rows(*rows), own, implementation)
+
+        specs = (of_query, of_keys, of_keys, shards.of_rows(), of_cache, of_cache, shards.everywhere)
+        return shards.run(attend_own, (query, key, value, *rows), specs, (of_query, of_query))
     name = implementations.choose(implementation, problem)
     run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
     out, lse = run(query, key, value, rows, problem)

@@ -10,6 +10,7 @@ import numpy as np
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 from flashcore_jax.problem import DTYPES, is_int
+from flashcore_jax.sharding import shards_of
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +55,7 @@ class KVCache:
 
         Args:
           batch: rows, B.
-          capacity: tokens that each row has room for, S.
+          capacity: tokens that each row has room for, S. On Hopper a multiple of 8 from 128 on, or a slower kernel runs the prompts.
           kv_heads: key/value heads, K.
           head_dim: H, a multiple of 8 from 8 to 256.
           value_head_dim: Hv; default head_dim.
@@ -114,15 +115,19 @@ class KVCache:
         """
         T = self._check(key, value, query_seq_lengths)
         layer, count = layer_index(self, layer), rows.int32(query_seq_lengths)
-        arrays = (self.key, self.value, self.length, self.overflowed)
-        _, _, overflowed = rows.append_to_layer(*arrays[2:], count, T, self.capacity, layer)
-        if not isinstance(overflowed, jax.core.Tracer):
-            _raise_if(
-                overflowed,
-                f"room for up to {T} more tokens in every row of a cache of capacity {self.capacity}",
-                "have none, or have overflowed before",
-            )
-        return KVCache(*_append(*arrays, key, value, count, layer, name=implementations.choose(implementation, None)))
+        state = self.length, self.overflowed, count, layer
+        if not any(isinstance(x, jax.core.Tracer) for x in state):
+            length, overflowed, known_count, known_layer = jax.device_get(state)
+            _, _, overflowed = rows.append_to_layer(length, overflowed, known_count, T, self.capacity, known_layer)
+            expected = f"room for up to {T} more tokens in every row of a cache of capacity {self.capacity}"
+            _raise_if(overflowed, expected, "have none, or have overflowed before")
+        append = functools.partial(_append, name=implementations.choose(implementation, None))
+        arrays = (self.key, self.value, self.length, self.overflowed, key, value, count, layer)
+        if shards := shards_of((self.key, key, value), self.key.shape[-2]):
+            of_cache = (shards.of_tokens(self.layers),) * 2 + (shards.of_rows(self.layers),) * 2
+            specs = (*of_cache, *[shards.of_tokens()] * 2, shards.of_rows(), shards.everywhere)
+            return KVCache(*shards.run(append, arrays, specs, of_cache))
+        return KVCache(*append(*arrays))
 
     def truncate(self, length) -> "KVCache":
         """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.

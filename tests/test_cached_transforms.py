@@ -22,6 +22,7 @@ from derivatives import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flashcore_jax import CacheOverflowError, KVCache, attention_with_kv_cache
 from flashcore_jax.testing import Workload, inputs, oracle
 
 
@@ -101,6 +102,42 @@ def test_checkpoint(implementation):
     run = functools.partial(differentiate, *arguments_of(SMALL), options=options_of(SMALL, implementation))
     (_, gradients), (_, expected) = run(remat=True), run()
     assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_mesh_of_explicit_axes(implementation, layers, jitted):
+    """What `jax.make_mesh` gives by default: rows and heads shared out, the results and the cache to the bit, laid out as they were."""
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    B, S, K, H = 4, 20, 2, 16
+    rng = np.random.default_rng(0)
+    query, *new = (jnp.asarray(rng.standard_normal((B, 5, heads, H), np.float32)) for heads in (2 * K, K, K))
+    cache = KVCache.create(B, S, K, H, layers=layers, dtype=jnp.float32)
+    stack = () if layers is None else (None,)
+
+    def step(query, key, value, cache):
+        return attention_with_kv_cache(
+            query, key, value, cache, layer=None if layers is None else jnp.int32(1), query_seq_lengths=jnp.array([5, 3, 0, 1]),
+            implementation=implementation, return_lse=True,
+        )  # fmt: skip
+
+    def over_mesh(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    tokens, rows = (*stack, "x", None, "y"), (*stack, "x")
+    sharded = KVCache(*(over_mesh(x, *spec) for x, spec in zip(jax.tree.leaves(cache), (tokens, tokens, rows, rows), strict=True)))
+    got = (jax.jit(step) if jitted else step)(*(over_mesh(x, "x", None, "y") for x in (query, *new)), sharded)
+    assert_same_bits(got, step(query, *new, cache))
+    assert jax.typeof(got[0]).sharding.spec == P("x", None, "y", None)
+    assert jax.typeof(got[2].key).sharding.spec == P(*tokens, None)
+    full = got[2].append(*(x[:, :1] for x in new), layer=None if layers is None else 1, implementation=implementation)
+    assert int(full.length.max()) == 6
+    with pytest.raises(CacheOverflowError, match=r"rows \[0\]"):  # known without a jit here too
+        full.append(
+            *(jnp.concatenate([x] * 4, axis=1)[:, :16] for x in new), layer=None if layers is None else 1, implementation=implementation
+        )
 
 
 def test_shard_map_over_the_batch(implementation):

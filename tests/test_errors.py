@@ -217,4 +217,7 @@ def test_a_large_soft_cap_is_not_for_the_rough_tanh():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         taken = [flashcore_jax.explain(array, array, array, logits_soft_cap=cap).implementation for cap in (1024.0, 1025.0)]
         assert taken in (["mosaic_gpu", "triton"], ["triton", "triton"])  # the latter with a jax that is too old for Hopper's
-        assert "soft cap of 1025" in flashcore_jax.explain(array, array, array, logits_soft_cap=1025.0).reasons["mosaic_gpu"] or taken[0] == "triton"
+        assert (
+            "soft cap of 1025" in flashcore_jax.explain(array, array, array, logits_soft_cap=1025.0).reasons["mosaic_gpu"]
+            or taken[0] == "triton"
+        )

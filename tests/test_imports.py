@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # package (`tuning`, and each implementation's folder under `kernels`).
 LAYERS = [
     {"axes"},
-    {"errors", "masks", "rows", "online_softmax"},
+    {"errors", "sharding", "masks", "rows", "online_softmax"},
     {"logits", "problem", "reference"},
     {"tuning"},
     {"kernels.xla", "kernels.triton"},

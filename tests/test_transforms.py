@@ -204,6 +204,32 @@ def test_shard_map(implementation, over):
     assert_close(gradients(*sharded, *LENGTHS.values()), expected_gradients())
 
 
+@pytest.mark.parametrize(
+    ("spec", "jitted"),
+    [(spec, True) for spec in (P(), P("x"), P("x", None, "y"), P(("x", "y")), P(None, "x"), P(None, None, ("x", "y")))]
+    + [(P("x", None, "y"), False)],
+    ids=str,
+)
+def test_a_mesh_of_explicit_axes(implementation, spec, jitted):
+    """What `jax.make_mesh` gives by default: the result is laid out as query is, where rows and whole key/value heads (two here) are."""
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    uneven = [P(None, "x"), P(None, None, ("x", "y"))]  # 17 queries, and key/value heads
+    sharding = NamedSharding(mesh, spec)
+    query, key, value = arrays(B)
+    query = jax.device_put(query if spec != P(None, "x") else query[:, :16], sharding)
+    if spec not in uneven:
+        key, value = (jax.device_put(x, sharding) for x in (key, value))
+    lengths = {"key_value_seq_lengths": LENGTHS["key_value_seq_lengths"]}
+    function = jax.value_and_grad(loss_of(by(implementation, **lengths)), (0, 1, 2))
+    with jax.set_mesh(mesh):  # JAX's own derivatives ask for it, where they are not jitted
+        got = (jax.jit(function) if jitted else function)(query, key, value)
+    assert_close(got, function(*jax.device_get((query, key, value))))
+    out = by(implementation, **lengths)(query, key, value)
+    assert jax.typeof(out).sharding.spec == P(*(P() if spec in uneven else spec), *[None] * (4 - len(P() if spec in uneven else spec)))
+
+
 # --- derivatives beyond the first reverse one
 
 

@@ -1,7 +1,6 @@
 """A small LLaMA learns to write Python from the standard library's own source files, and then writes some with a key/value cache.
 
-    python docs/examples/tiny_llama.py                           about a minute on two CPU cores
-    python docs/examples/tiny_llama.py --implementation triton   the same on an NVIDIA GPU, through the Triton kernels
+    python docs/examples/tiny_llama.py      about a minute on two CPU cores; on an NVIDIA GPU through the Triton kernels, by default
 
 The model is LLaMA's in small: RMSNorm, rotary positions, grouped-query attention, SwiGLU. A token is a byte.
 """
