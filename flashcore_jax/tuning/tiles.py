@@ -72,7 +72,7 @@ def _heuristic(gpu: Gpu, bits: int, bucket: int) -> dict[str, Tile]:
             3 if roomy else 2,
             reason="head dim 64: 64 queries over 4 warps leave room for two programs and more on a multiprocessor",
         )
-        narrow = dataclasses.replace(tile, block_q=32, spills=_TWO_ACCUMULATORS)
+        narrow = dataclasses.replace(tile, block_q=32, reason="two accumulators of 64 keys over 4 warps", spills=_TWO_ACCUMULATORS)
         return {
             "forward": tile,
             "closing": dataclasses.replace(tile, spills=_RUNNING_TOTAL),
