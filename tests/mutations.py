@@ -136,8 +136,12 @@ MUTATIONS = {
         ("tests/test_cache.py::test_append_writes_behind_each_row_and_nowhere_else[triton-5-float16]", _CHUNKS),
     ),
     "appended to the first layer": Mutation(
-        (Edit(_BLOCKS, "jnp.clip(ref[0], 0, layers - 1)", "0 * ref[0]"),),
+        (Edit(_BLOCKS, "(layer_within(ref[0], layers),)", "(0 * ref[0],)"),),
         ("tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",),
+    ),
+    "a layer below 0 is the first": Mutation(
+        (Edit("rows.py", "jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)", "jnp.clip(layer, 0, layers - 1)"),),
+        tuple(f"tests/test_cache.py::test_a_traced_layer_counts_from_the_end_and_is_clamped[{name}--1-2-1]" for name in ("triton", "xla")),
     ),
     "room is not checked": Mutation(
         (Edit("rows.py", "overflowed | (count > capacity - length)", "overflowed | (count > 9 * capacity)"),),
