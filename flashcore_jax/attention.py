@@ -94,17 +94,17 @@ def attend(query, key, value, rows: Rows, problem: Problem, implementation: str 
     """`attention` of a checked problem, out and lse. Where the problem is cached, key, value and rows hold the cache's arrays."""
     if shards := shards_of((query, key, value), problem.K):
         of_query, of_keys, of_cache = shards.of_tokens(), shards.of_tokens(problem.L), shards.of_rows(problem.L)
-
-        def attend_own(query, key, value, *rows):
-            own = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
-            return attend(query, key, value, Rows(*rows), own, implementation)
-
         specs = (of_query, of_keys, of_keys, shards.of_rows(), of_cache, of_cache, shards.everywhere)
-        return shards.run(attend_own, (query, key, value, *rows), specs, (of_query, of_query))
+        return shards.run(_attend_part, (problem, implementation), (query, key, value, *rows), specs, (of_query, of_query))
     name = implementations.choose(implementation, problem)
     run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
     out, lse = run(query, key, value, rows, problem)
     return out, lse.swapaxes(1, 2)
+
+
+def _attend_part(problem: Problem, implementation: str | None, query, key, value, *rows):
+    problem = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
+    return attend(query, key, value, Rows(*rows), problem, implementation)
 
 
 def explain(

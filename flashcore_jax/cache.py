@@ -121,13 +121,13 @@ class KVCache:
             _, _, overflowed = rows.append_to_layer(length, overflowed, known_count, T, self.capacity, known_layer)
             expected = f"room for up to {T} more tokens in every row of a cache of capacity {self.capacity}"
             _raise_if(overflowed, expected, "have none, or have overflowed before")
-        append = functools.partial(_append, name=implementations.choose(implementation, None))
+        name = implementations.choose(implementation, None)
         arrays = (self.key, self.value, self.length, self.overflowed, key, value, count, layer)
         if shards := shards_of((self.key, key, value), self.key.shape[-2]):
             of_cache = (shards.of_tokens(self.layers),) * 2 + (shards.of_rows(self.layers),) * 2
             specs = (*of_cache, *[shards.of_tokens()] * 2, shards.of_rows(), shards.everywhere)
-            return KVCache(*shards.run(append, arrays, specs, of_cache))
-        return KVCache(*append(*arrays))
+            return KVCache(*shards.run(_append, (name,), arrays, specs, of_cache))
+        return KVCache(*_append(name, *arrays))
 
     def truncate(self, length) -> "KVCache":
         """Forgets each row's tokens from `length` on: an int, int32[B], or int32[L, B]. A row that is shorter stays as it is.
@@ -223,12 +223,12 @@ def _raise_if(overflowed, expected: str, found: str) -> None:
         raise CacheOverflowError(f"expected {expected}; rows {full} {found}; create a larger cache, or truncate() or reset() these rows")
 
 
-def _append(*arguments, name: str):
+def _append(name: str, *arrays):
     """Through "xla" differentiable as it is, in every mode; a kernel's derivative is written down below."""
     if name == "xla":
-        return implementations.module(name).append(*arguments)
+        return implementations.module(name).append(*arrays)
     try:
-        return _append_by_kernel(*arguments, name)
+        return _append_by_kernel(*arrays, name)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

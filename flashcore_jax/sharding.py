@@ -5,6 +5,7 @@ Where the program is partitioned for us (automatic axes), or we are in a `shard_
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -29,18 +30,19 @@ class Shards:
         """[B, T, heads, ...] and [B, T, N]; with layers [L, B, S, K, H]."""
         return PartitionSpec(*[None] * (layers is not None), self.batch, None, self.heads)
 
-    def run(self, function, arrays, specs, out_specs):
-        """function(*arrays), by every device on its part of them; an array may be None."""
-        specs = [NamedSharding(self.mesh, spec) if x is not None else None for x, spec in zip(arrays, specs, strict=True)]
+    def run(self, function, static: tuple, arrays, specs, out_specs):
+        """function(*static, *arrays), by every device on its part of the arrays; one of them may be None. The rest is hashable."""
+        specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
+        return _by_everyone(function, static, self.mesh, specs, out_specs, *arrays)
 
-        @jax.jit  # within which arrays that are on no mesh yet can be laid out over this one
-        def everyone(*arrays):
-            arrays = jax.tree.map(jax.sharding.reshard, arrays, tuple(specs))
-            in_specs = tuple(sharding and sharding.spec for sharding in specs)
-            # Unchecked: Pallas's interpreter mixes values that vary over the mesh with those that do not.
-            return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
-        return everyone(*arrays)
+# Jitted, because only there can arrays that are on no mesh yet be laid out over this one.
+@functools.partial(jax.jit, static_argnums=range(5))
+def _by_everyone(function, static: tuple, mesh, specs, out_specs, *arrays):
+    arrays = (x if spec is None else jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True))
+    part = functools.partial(function, *static)
+    # Unchecked: Pallas's interpreter mixes values that vary over the mesh with those that do not.
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def shards_of(tokens, heads: int) -> Shards | None:

@@ -71,29 +71,32 @@ def test_masks_of_whole_tiles_cost_nothing():
     assert 2 * facts["threads"] * -(-facts["registers"] // 8) * 8 <= 65536
 
 
-def program_for_two_gpus(spec, implementation) -> str:
+def program_for_two_gpus(spec, implementation, explicit) -> str:
     mesh = aot.mesh_for("NVIDIA H200", devices=2)
 
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
     def gradients(*arrays):
         out_of = functools.partial(flashcore_jax.attention, is_causal=True, implementation=implementation)
-        return jax.grad(lambda *arrays: jnp.sum(out_of(*arrays).astype(jnp.float32)), (0, 1, 2))(*arrays)
+        return jax.vjp(out_of, *arrays)[1](arrays[0])
 
+    if explicit:
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType.Explicit,))
+    else:
+        gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
     shapes = ((2, 1024, heads, 64) for heads in (8, 2, 2))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape in shapes]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return gradients.lower(*arrays).compile().as_text()
+    with jax.set_mesh(mesh) if explicit else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(gradients).lower(*arrays).compile().as_text()
 
 
+@pytest.mark.parametrize("explicit", [False, True], ids=["shard_map", "explicit axes"])
 @pytest.mark.parametrize(("implementation", "kernel"), [("triton", "__gpu$xla.gpu.triton"), ("mosaic_gpu", "mosaic_gpu_v2")])
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
-def test_two_gpus_of_a_shard_map_exchange_nothing(spec, implementation, kernel):
+def test_two_gpus_exchange_nothing(spec, implementation, kernel, explicit):
     """Forward and backward for two H200s, with shard_map's checks on; test_transforms.py has the numbers, on four CPUs."""
     # In a process of its own: here JAX has already looked for GPUs, and a machine without one then has no compiler for them.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
-        program = pool.submit(program_for_two_gpus, spec, implementation).result()
+        program = pool.submit(program_for_two_gpus, spec, implementation, explicit).result()
     assert program.count(kernel) >= 3
     assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
