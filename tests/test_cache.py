@@ -101,6 +101,28 @@ def test_append_to_a_layer_leaves_the_others(implementation, layer):
     assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_an_append_of_several_programs_a_row(implementation, layer):
+    """8 x 256 columns are eight tokens of a program, so 17 are three programs': padding, no room, an exact fit, and a row that had
+    overflowed before. What is no token is NaN."""
+    T, lengths, counts = 17, [0, 3, S - 16, S - 17, 5], [17, 9, 17, 17, 4]
+    rng = np.random.default_rng(0)
+    stack, at = ((), ()) if layer is None else ((3,), (layer,))
+    contents = (jnp.asarray(rng.standard_normal((*stack, 5, S, 8, 256)), jnp.float16) for _ in range(2))
+    length, flags = np.full((*stack, 5), 2, np.int32), np.zeros((*stack, 5), bool)
+    length[at], flags[at] = lengths, [False] * 4 + [True]
+    cache = KVCache(*contents, jnp.asarray(length), jnp.asarray(flags))
+    real = (np.arange(T) < np.array(counts)[:, None])[:, :, None, None]
+    new = [jnp.where(real, rng.standard_normal((5, T, 8, 256)), np.nan).astype(jnp.float16) for _ in range(2)]
+    traced = None if layer is None else jnp.int32(layer)
+    got, expected = (
+        jitted_append(cache, *new, jnp.array(counts), traced, implementation=implementation),
+        appended(cache, *new, counts, layer),
+    )
+    np.testing.assert_array_equal(expected.overflowed[at], [False, False, True, False, True])
+    assert_same_bits(got, expected)
+
+
 def test_the_callers_arrays_are_untouched(implementation):
     """Every method returns a new cache, though a kernel writes in place."""
     cache, new = filled([0, 3, 20, S - 5], overflowed=[False, True, False, False]), tokens(5)

@@ -1,6 +1,9 @@
 """One call over a cache that holds something: who sees whom, and how exactly, on inputs whose answer is known."""
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from cache_helpers import (
     tail,
 )
 
+from flashcore_jax import attention
 from flashcore_jax.testing import UNIT_ROUNDOFF, Inputs, Workload, inputs, oracle
 
 
@@ -144,3 +148,25 @@ def test_causal_means_of_a_ramp(implementation, size):
     (out, _), _ = in_chunks(Inputs(ones, ones, ramp, None, None), empty_cache(w, 40), [0], [8], size, options_of(w, implementation))
     expected = np.broadcast_to(np.arange(8.0)[:, None] / 2, (8, 8))
     np.testing.assert_allclose(out[0, :, 0].astype(np.float64), expected, rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("total", [64, 65, 129])
+@pytest.mark.parametrize("T", [2, 16])
+def test_few_queries_around_the_ends_of_blocks_and_splits(implementation, T, total):
+    """Also where the last query alone opens a block, or a split."""
+    w = Workload(
+        "ends", 1, T, 200, 4, 2, 16, 16, "bfloat16", is_causal=True, split_size=128, query_seq_lengths=(T,), key_value_seq_lengths=(total,)
+    )
+    arrays = inputs(w)
+    got, _ = call_after(w, arrays, [total - T], implementation)
+    assert forward_errors(got, oracle(arrays, **w.options)) <= 1.0
+
+
+def test_more_splits_than_are_merged_at_once(implementation):
+    """35 of them, which are loaded in groups of 32."""
+    lengths = 35 * 128 - 5, 33 * 128 + 1
+    w = Workload("splits", 2, 2, lengths[0], 2, 1, 8, 8, "float32", is_causal=True, split_size=128, key_value_seq_lengths=lengths)
+    arrays = inputs(w)
+    call = functools.partial(attention, is_causal=True, return_lse=True, implementation=implementation, split_size=128)
+    got = jax.jit(call)(*arrays[:3], key_value_seq_lengths=w.lengths["key_value_seq_lengths"])
+    assert forward_errors(got, oracle(arrays, **w.options)) <= 1.0

@@ -304,3 +304,16 @@ def test_the_error_of_a_large_soft_cap(implementation, cap):
     arrays = arrays._replace(query=arrays.query * min(cap, 1000.0), key=arrays.key * max(1.0, cap / 1000.0))
     found = errors(evaluate(attention_by(implementation), arrays, logits_soft_cap=cap), oracle(arrays, logits_soft_cap=cap))
     assert max(found["out"], found["lse"]) <= 1, found
+
+
+@pytest.mark.parametrize("beyond", [(99, 7), (-3, -9)], ids=["above", "below"])
+def test_lengths_out_of_range_are_clamped(implementation, beyond):
+    """To the bit, gradients included; what lies there is foreign memory."""
+    w = Workload("clamped", 2, 17, 33, 2, 1, 16, 16, "float32", is_causal=True)
+    arrays, names = inputs(w), ("query_seq_lengths", "key_value_seq_lengths")
+    ends = (17, 33) if beyond[0] > 0 else (0, 0)
+    inside = {name: np.array([some, end], np.int32) for name, some, end in zip(names, (17, 20), ends, strict=True)}
+    outside = {name: inside[name] + np.array([0, more], np.int32) for name, more in zip(names, beyond, strict=True)}
+    got, expected = (evaluate(attention_by(implementation), arrays, is_causal=True, **lengths) for lengths in (outside, inside))
+    chex.assert_trees_all_equal(got, expected)
+    assert_right(got, oracle(arrays, is_causal=True, **inside))

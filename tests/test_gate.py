@@ -1,0 +1,38 @@
+"""The gate that every other test leans on: what is right passes it, and what is a known fault does not."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashcore_jax.testing import Inputs, Results, Workload, errors, inputs, oracle
+
+UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}  # docs/numerics.md; not testing.py's own
+
+
+def rounded(exact: Results, dtype) -> Results:
+    return Results(*(x.astype(np.float32 if name == "lse" else jnp.dtype(dtype)) for name, x in exact._asdict().items()))
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_what_passes_and_what_does_not(dtype):
+    w = Workload("gate", 1, 64, 80, 2, 1, 32, 32, dtype, is_causal=True)
+    arrays, u = inputs(w), UNITS[dtype]
+    exact = oracle(arrays, **w.options)
+    right = rounded(exact.exact, dtype)
+    assert max(errors(right, exact).values()) <= 1.0
+    for name in Results._fields:
+        with_nan = np.array(getattr(right, name))
+        with_nan.flat[7] = np.nan
+        assert errors(right._replace(**{name: with_nan}), exact)[name] == np.inf
+        # 4 u of every number is more than roundings add up to; the lse of one TF32 product is off by 2^-11.
+        x = getattr(exact.exact, name)
+        wrong = rounded(exact.exact._replace(**{name: x + 2.0**-11 if name == "lse" else x * (1 + 4 * u)}), dtype)
+        assert errors(wrong, exact)[name] > 1.0, name
+
+
+def test_one_tf32_product_does_not_pass_for_float32():
+    w = Workload("gate", 1, 64, 80, 2, 1, 32, 32, "float32", is_causal=True)
+    arrays = inputs(w)
+    tf32 = (((np.asarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32) for x in arrays[:3])
+    coarse = oracle(Inputs(*tf32, *arrays[3:]), **w.options).exact
+    assert min(errors(rounded(coarse, "float32"), oracle(arrays, **w.options)).values()) > 1.0
