@@ -139,6 +139,14 @@ MUTATIONS = {
         (Edit(_BLOCKS, "(layer_within(ref[0], layers),)", "(0 * ref[0],)"),),
         ("tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",),
     ),
+    "the second load of splits is the first again": Mutation(
+        (Edit(_DECODE, "partial(first + group * at_once + i)", "partial(first + 0 * group + i)"),),
+        ("tests/test_cached_semantics.py::test_more_splits_than_are_merged_at_once[triton]",),
+    ),
+    "every program of a row writes the first tokens": Mutation(
+        (Edit(_APPEND, "written = first + lax.iota", "written = 0 * first + lax.iota"),),
+        ("tests/test_cache.py::test_an_append_of_several_programs_a_row[triton-None]",),
+    ),
     "a layer below 0 is the first": Mutation(
         (Edit("rows.py", "jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)", "jnp.clip(layer, 0, layers - 1)"),),
         tuple(f"tests/test_cache.py::test_a_traced_layer_counts_from_the_end_and_is_clamped[{name}--1-2-1]" for name in ("triton", "xla")),
