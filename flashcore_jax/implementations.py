@@ -41,7 +41,7 @@ def module(name: str) -> ModuleType:
 
 def choose(implementation: str | None, problem: Problem | None) -> str:
     """The name to run: the named one if it can, else `Unsupported`; for None the best one that can. No problem: an append."""
-    name = explain(problem, implementation).implementation
+    name = _decide(implementation, problem)
     if name in _NEEDS_GPU and target_gpu() is None:
         warnings.warn(
             f'implementation="{name}" runs in Pallas\'s interpreter, slowly: no NVIDIA GPU is in sight',
@@ -51,24 +51,32 @@ def choose(implementation: str | None, problem: Problem | None) -> str:
     return name
 
 
-def explain(problem: Problem | None, implementation: str | None = None) -> Explanation:
+def explain(problem: Problem, implementation: str | None = None) -> Explanation:
     """What `choose(implementation, problem)` decides, with the reasons. Raises what it raises."""
-    reasons = {}
-    for name in _MODULES:
-        without_gpu = name in _NEEDS_GPU and target_gpu() is None  # then nothing of it is imported
-        interpreted = " (named, it runs interpreted)" if name == "triton" else ""
-        reasons[name] = f"no NVIDIA GPU is in sight{interpreted}" if without_gpu else module(name).unsupported(problem)
+    name = _decide(implementation, problem)
+    handed_on = getattr(module(name), "handed_on", None)
+    reasons = {other: _declined(other, problem) for other in _MODULES}
+    return Explanation(name, reasons, handed_on(problem) if handed_on else {})
+
+
+def _decide(implementation: str | None, problem: Problem | None) -> str:
     if implementation is None:
-        implementation = next(name for name, reason in reasons.items() if reason is None)
-    elif not isinstance(implementation, str) or implementation not in _MODULES:
+        return next(name for name in _MODULES if _declined(name, problem) is None)
+    if not isinstance(implementation, str) or implementation not in _MODULES:
         known = ", ".join(map(repr, _MODULES))
         raise OptionError(f"expected implementation to be None or one of {known}; got {implementation!r}; None takes the best one")
-    elif reason := module(implementation).unsupported(problem):
+    if reason := module(implementation).unsupported(problem):
         raise Unsupported(
             f'implementation="{implementation}" cannot run this call: {reason}; pass implementation=None to take one that can'
         )
-    handed_on = getattr(module(implementation), "handed_on", None)
-    return Explanation(implementation, reasons, handed_on(problem) if handed_on and problem else {})
+    return implementation
+
+
+def _declined(name: str, problem: Problem | None) -> str | None:
+    """Why `None` does not take this implementation. Without a GPU, nothing of those that need one is imported."""
+    if name in _NEEDS_GPU and target_gpu() is None:
+        return "no NVIDIA GPU is in sight" + (" (named, it runs interpreted)" if name == "triton" else "")
+    return module(name).unsupported(problem)
 
 
 def _levels_to_the_caller() -> int:

@@ -114,3 +114,24 @@ def test_import_is_light():
     loaded = [name for name in runs[0][1] if name.startswith(heavy)]
     assert not loaded, f"import {PACKAGE} loads {loaded}"
     assert min(seconds for seconds, _ in runs) < 0.3
+
+
+CALL = """
+import sys
+import jax, jax.numpy as jnp
+import flashcore_jax
+device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+array = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16)
+with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    jax.eval_shape(lambda q, k, v: flashcore_jax.attention(q, k, v, implementation={name!r}), array, array, array)
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("name", "heavy"), [("xla", "pallas"), ("triton", "jax.experimental.mosaic.gpu")])
+def test_a_named_implementation_loads_no_other(name, heavy):
+    """Traced for an H200, where `None` asks them all."""
+    script = CALL.format(name=name)
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert f"{PACKAGE}.kernels.{name}" in loaded
+    assert not [module for module in loaded if heavy in module]
