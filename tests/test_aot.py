@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import flashcore_jax
 from benchmarks import aot, hlo
-from flashcore_jax.kernels.mosaic_gpu.launch import is_recent_enough
 from flashcore_jax.tuning.gpus import gpu_of
 
 pytestmark = pytest.mark.host
@@ -47,7 +46,7 @@ def test_kernels_compile(gpu, kind, kernels):
 
 
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
-@pytest.mark.skipif(not is_recent_enough(), reason="Mosaic GPU needs jax 0.11")
+@pytest.mark.mosaic
 def test_mosaic_kernels_compile():
     job = next(job for job in aot.mosaic_jobs_for(["NVIDIA H200"], quick=True) if job.workload.name == "bfloat16 64 causal")
     (rows,) = aot.compile_all([job], workers=1)
@@ -204,6 +203,25 @@ def test_kernels_lower(gpu, x64):
         text = jax.jit(job.call).trace(job.inputs).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") >= 3
     assert all(name in text for name in ("flashcore_forward_closing", "flashcore_dkdv", "flashcore_dq"))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_none_takes_lowers(gpu):
+    """Prefill with its backward, and a chunk of a stacked cache: whatever this jax is, the default must not be what it cannot trace."""
+    arrays = [jax.ShapeDtypeStruct((2, 512, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
+    cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(2, 1024, 2, 128, layers=2))
+
+    def gradients(*arrays):
+        return jax.vjp(functools.partial(flashcore_jax.attention, is_causal=True), *arrays)[1](arrays[0])
+
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        backward = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        cached = functools.partial(flashcore_jax.attention_with_kv_cache, layer=1)
+        chunk = jax.jit(cached).trace(*arrays, cache).lower(lowering_platforms=("cuda",)).as_text()
+    of_hopper = gpu_of(gpu).has_wgmma and jax.__version_info__ >= (0, 11)
+    kernel, others = ("mosaic_gpu_v2", 0) if of_hopper else ("__gpu$xla.gpu.triton", 1)
+    assert (backward.count(kernel), chunk.count(kernel)) == (3, 1 + others)
 
 
 @pytest.mark.parametrize(("H", "B"), [(64, 1), (80, 3), (128, 1), (128, 8), (256, 5)])

@@ -19,6 +19,11 @@ def lengths(*shape, dtype=jnp.int32):
     return array(*shape, dtype=dtype)
 
 
+def traced_for(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 # A right call; each row of the table changes it into a wrong one. Every message holds the words in the last column.
 RIGHT = {"query": array(2, 8, 4, 64), "key": array(2, 16, 2, 64), "value": array(2, 16, 2, 32)}
 
@@ -130,8 +135,7 @@ def test_kinds():
 
 def test_an_old_gpu_is_unsupported():
     """Traced for a V100: `triton` named raises and says why, None takes another."""
-    device = jax.sharding.AbstractDevice(device_kind="Tesla V100-SXM2-16GB", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with traced_for("Tesla V100-SXM2-16GB"):
         explanation = flashcore_jax.explain(**RIGHT)
         assert explanation.implementation == "xla"
         assert "8.0" in explanation.reasons["triton"]
@@ -154,6 +158,7 @@ def test_interpreting_warns_the_caller_once():
         assert flashcore_jax.explain(**RIGHT, implementation="triton").implementation == "triton"
 
 
+@pytest.mark.mosaic
 def test_explain_tells_what_hopper_hands_on():
     """Traced for an H200: a length that the copy engine cannot take, lengths that only Triton's backward takes, and a decode step."""
 
@@ -161,10 +166,8 @@ def test_explain_tells_what_hopper_hands_on():
         query, key = (jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16) for length in (T, S))
         return flashcore_jax.explain(query, key, key, **options)
 
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        if explain(512, 512).implementation != "mosaic_gpu":
-            pytest.skip("jax is too old for the Hopper kernels")
+    with traced_for("NVIDIA H200"):
+        assert explain(512, 512).implementation == "mosaic_gpu"
         assert explain(512, 512).handed_on == {}
         assert str(explain(512, 512)).startswith("takes mosaic_gpu; triton: would run if named")
         odd = explain(512, 513)
@@ -210,14 +213,24 @@ def test_the_gpu_is_chosen():
     assert explanation.implementation == ("triton" if explanation.reasons["mosaic_gpu"] else "mosaic_gpu")
 
 
+LONG = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.float16)
+
+
+@pytest.mark.mosaic
 def test_a_large_soft_cap_is_not_for_the_rough_tanh():
     """tanh's error is multiplied by the cap: beyond 1024 Hopper's kernels, which have no other tanh, leave the call to Triton's."""
-    array = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.float16)
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        taken = [flashcore_jax.explain(array, array, array, logits_soft_cap=cap).implementation for cap in (1024.0, 1025.0)]
-        assert taken in (["mosaic_gpu", "triton"], ["triton", "triton"])  # the latter with a jax that is too old for Hopper's
-        assert (
-            "soft cap of 1025" in flashcore_jax.explain(array, array, array, logits_soft_cap=1025.0).reasons["mosaic_gpu"]
-            or taken[0] == "triton"
-        )
+    with traced_for("NVIDIA H200"):
+        assert flashcore_jax.explain(LONG, LONG, LONG, logits_soft_cap=1024.0).implementation == "mosaic_gpu"
+        explanation = flashcore_jax.explain(LONG, LONG, LONG, logits_soft_cap=1025.0)
+    assert explanation.implementation == "triton"
+    assert "soft cap of 1025" in explanation.reasons["mosaic_gpu"]
+
+
+def test_an_old_jax_leaves_hopper_to_triton(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with traced_for("NVIDIA H200"):
+        explanation = flashcore_jax.explain(LONG, LONG, LONG)
+        assert explanation.implementation == "triton"
+        with pytest.raises(Unsupported, match=r"jax 0\.11 or newer.*implementation=None"):
+            flashcore_jax.explain(LONG, LONG, LONG, implementation="mosaic_gpu")
+    assert explanation.reasons["mosaic_gpu"] == "it needs jax 0.11 or newer"
