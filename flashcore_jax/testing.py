@@ -8,9 +8,11 @@ neither depends on the data's scale nor on the number of keys. With u the unit r
 
     |out - exact|    <=  u * sum_j p_j |v_j|  +  ulp(exact) / 2        P is rounded before it meets V, and the output once more.
 
-Correct kernels reach 0.2 to 0.85 of it; a single key too many scores 11. Gradients have two gates. The first holds for each
-number, as the one above: dS and P are rounded before their products, delta comes from the rounded output, and the result is
-rounded once. It is a worst case, therefore wide. The second holds for the root mean square over the whole array, and is sharp.
+Correct kernels reach 0.2 to 0.85 of it; a single key too many scores 11. Large logits add their own float32 roundings to u.
+
+Gradients have two gates. The first holds for each number, as the one above: dS and P are rounded before their products, delta comes
+from the rounded output, and the result is rounded once. It is a worst case, therefore wide. The second holds for the root mean square
+over the whole array, and is sharp.
 """
 
 import dataclasses
@@ -27,14 +29,15 @@ import numpy as np
 # of |q_h k_h|, and scale * sum_h |q_h k_h| <= 2^3 for N(0, 1) inputs up to head dim 128 (0.64 * sqrt(H) on average), so the
 # logits, and with them the relative errors of P, are good to 2^-19 = 1.9e-6. One TF32 product, at 2^-11, fails it a hundredfold.
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-19}
+_PRODUCT_ROUNDOFF, _ORDINARY_LOGIT = 2.0**-22, 2.0**3
 # Relative root mean square. Rounding alone gives 0.41 u per factor: three factors (dS or P, the output, delta), sqrt(3) * 0.41.
 GRADIENT_GATE = {"float16": 3.5e-4, "bfloat16": 2.8e-3, "float32": 2.0**-19}
 # The mean over fewer query rows than this is a sample of rounding errors rather than their size.
 _ROWS_FOR_A_MEAN = 64
 # lse is float32 whatever the inputs are. Four steps of 2^-22: split operands, accumulation, exp2, log2.
 LSE_ROUNDOFF = 2.0**-20
-# Of 1 - tanh^2 in float32: twice tanh's own error, which is up to 2^-22 (four units) by the libraries' and the approximation's bounds.
-_SLOPE_ERROR = 2.0**-21
+# tanh in float32: four units, by the libraries' and the approximation's bounds. Its slope 1 - tanh^2 has twice that, absolute.
+_TANH_ROUNDOFF = 2.0**-22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,21 +274,42 @@ def oracle(
         exact.dvalue[b, :s, head] += p.T @ d_out
 
         sizes = np.where(seen, abs(scale) * (np.abs(q) @ np.abs(k).T), 0.0)
-        bound.out[at] = roundoff.unit * (p @ np.abs(v))
+        unit = roundoff.unit + _moved_by_large_logits(p, slope * sizes, np.where(seen, logits, 0.0), lse, logits_soft_cap)
+        bound.out[at] = (unit * p) @ np.abs(v)
         bound.lse[at] = LSE_ROUNDOFF * (sizes.max(axis=1) + np.abs(lse) + 1.0)
-        delta_error = (np.abs(d_out) * (roundoff.of(out) + bound.out[at])).sum(axis=1)
-        ds_error = roundoff.of(ds) * seen + np.abs(p * slope) * delta_error[:, None]
-        if logits_soft_cap is not None:  # however little it leaves
-            ds_error += _SLOPE_ERROR * np.abs(dlogits)
+        delta_error = (np.abs(d_out) * (roundoff.of(out) + bound.out[at])).sum(axis=1, keepdims=True)
+        ds_error = roundoff.of(ds, unit) * seen + np.abs(p * slope) * delta_error
+        if logits_soft_cap is not None:  # however little the slope leaves
+            ds_error += 2.0 * _TANH_ROUNDOFF * np.abs(dlogits)
         bound.dquery[at] = abs(scale) * (ds_error @ np.abs(k))
         bound.dkey[b, :s, head] += abs(scale) * (ds_error.T @ np.abs(q))
-        bound.dvalue[b, :s, head] += (roundoff.of(p) * seen).T @ np.abs(d_out)
+        bound.dvalue[b, :s, head] += (roundoff.of(p, unit) * seen).T @ np.abs(d_out)
 
         # Rounding errors of the terms of delta have random signs: their sum grows as the root of the sum of squares.
         delta_noise = np.sqrt(((d_out * out) ** 2).sum(axis=1))
-        noise.dquery[at] = scale * delta_noise[:, None] * ((p * slope) @ k)
+        noise.dquery[at] = (scale * delta_noise[:, None] * ((p * slope) @ k)) ** 2
         noise.dkey[b, :s, head] += (scale * (p * slope * delta_noise[:, None]).T) ** 2 @ q**2
-    return Oracle(exact, bound, noise._replace(dkey=np.sqrt(noise.dkey)))
+        # And so have those of large logits.
+        beyond = unit / roundoff.unit - 1.0
+        noise.dquery[at] += (scale * ds * beyond) ** 2 @ k**2
+        noise.dkey[b, :s, head] += ((scale * ds * beyond) ** 2).T @ q**2
+        noise.dvalue[b, :s, head] += ((p * beyond) ** 2).T @ d_out**2
+    return Oracle(exact, bound, Results(*map(np.sqrt, noise)))
+
+
+def _moved_by_large_logits(p, sizes, logits, lse, logits_soft_cap):
+    """Relative errors of P by those of its float32 logits, where these are beyond what the units of roundoff are made for.
+
+    A logit has those of its products, of tanh, and two roundings in units of log2, as lse has. Through the sum of exponentials
+    each query has the average of its logits' errors, too.
+    """
+
+    def beyond(x):
+        return np.maximum(np.abs(x) - _ORDINARY_LOGIT, 0.0)
+
+    of_tanh = 0.0 if logits_soft_cap is None else _TANH_ROUNDOFF
+    moved = _PRODUCT_ROUNDOFF * beyond(sizes) + (of_tanh + 2.0**-23) * beyond(logits) + 2.0**-23 * beyond(lse)[:, None]
+    return moved + (p * moved).sum(axis=1, keepdims=True)
 
 
 def errors(results: Results, oracle: Oracle) -> dict[str, float]:
@@ -340,11 +364,12 @@ class _Roundoff:
         self.unit = UNIT_ROUNDOFF[self.name]
         self.digits = info.nmant
         self.lowest_exponent = info.minexp
-        self.smallest = float(info.smallest_subnormal)
+        # GPUs' exp2 gives 0 where float32 has subnormal numbers; float16's are float32's normal ones.
+        self.smallest = max(float(info.smallest_subnormal) / 2, float(jnp.finfo(jnp.float32).tiny))
 
-    def of(self, x):
-        """The largest error of rounding x for a product: relative, down to the subnormal numbers."""
-        return np.maximum(self.unit * np.abs(x), self.smallest / 2)
+    def of(self, x, unit=None):
+        """The largest error of rounding x for a product: relative, down to the smallest numbers."""
+        return np.maximum((self.unit if unit is None else unit) * np.abs(x), self.smallest)
 
     def last(self, x):
         """Half an ulp of x."""

@@ -36,3 +36,21 @@ def test_one_tf32_product_does_not_pass_for_float32():
     tf32 = (((np.asarray(x).view(np.uint32) + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32) for x in arrays[:3])
     coarse = oracle(Inputs(*tf32, *arrays[3:]), **w.options).exact
     assert min(errors(rounded(coarse, "float32"), oracle(arrays, **w.options)).values()) > 1.0
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+def test_at_large_logits(dtype):
+    """|logits| up to 500: what float32 logits of that size must lose passes, and what the inputs' dtype, or TF32, would lose does not."""
+    w = Workload("gate", 1, 64, 80, 2, 1, 32, 32, dtype, is_causal=True)
+    arrays = inputs(w)
+    arrays = arrays._replace(query=arrays.query * 10, key=arrays.key * 10)
+    exact = oracle(arrays, **w.options)
+    assert max(errors(rounded(exact.exact, dtype), exact).values()) <= 1.0
+
+    def with_logits_off_by(roundoff):
+        # A scale that is off moves each logit by as much of itself, and lse with it.
+        return rounded(oracle(arrays, is_causal=True, scale=w.H**-0.5 * (1 + roundoff)).exact, dtype)
+
+    assert max(errors(with_logits_off_by(2.0**-23), exact).values()) <= 1.0
+    found = errors(with_logits_off_by(max(2.0 * UNITS[dtype], 2.0**-11)), exact)
+    assert all(found[name] > 1.0 for name in ("out", "lse", "dkey", "dvalue")), found
