@@ -122,7 +122,7 @@ def explain(
     split_size: int | None = DEFAULT_SPLIT_SIZE,
     implementation: str | None = None,
     return_lse: bool = False,
-) -> implementations.Explanation:
+) -> implementations.Explanation:  # the signature of `attention`, for editors too; tests/test_errors.py holds the two together
     """Tells which implementation the call of `attention` with these arguments takes here, and why not the others.
 
     The arrays may be `jax.ShapeDtypeStruct`s; nothing is computed. Raises what `attention` raises.
