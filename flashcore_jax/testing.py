@@ -111,6 +111,7 @@ WORKLOADS = (
     _workload("window (16, 0)", 129, 257, (2, 1), 64, local_window_size=(16, 0), split_size=128),
     _workload("window (0, 16)", 65, 100, (2, 1), 64, _F16, local_window_size=(0, 16)),
     _workload("window (7, 9), more queries than keys", 100, 70, (2, 1), 64, local_window_size=(7, 9)),
+    _workload("window (30, 70), more queries than keys", 100, 33, (2, 1), 64, local_window_size=(30, 70)),
     _workload("window 0", 70, 70, (2, 1), 64, _F16, local_window_size=0),
     _workload("window 100, causal", 257, 257, (2, 1), 64, is_causal=True, local_window_size=100),
     _workload("window (5, 3), float32", 96, 96, (2, 1), 64, _F32, local_window_size=(5, 3)),
@@ -119,6 +120,7 @@ WORKLOADS = (
     _workload("soft cap 20, window 40", 129, 129, (2, 1), 64, _F16, local_window_size=40, logits_soft_cap=20.0),
     _workload("scale 0.3, causal", 65, 65, (2, 1), 32, is_causal=True, scale=0.3),
     _workload("scale below 0", 33, 96, (2, 1), 64, _F16, scale=-0.1),
+    _workload("scale below 0, soft cap 5", 33, 65, (2, 1), 64, _F16, scale=-0.2, logits_soft_cap=5.0),
     # Lengths per row.
     _workload("lengths", 65, 100, (2, 1), 64, B=4, query_seq_lengths=(65, 33, 1, 64), key_value_seq_lengths=(100, 64, 37, 1)),
     _workload(

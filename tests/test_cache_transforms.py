@@ -123,6 +123,23 @@ def test_gradient_of_append(implementation, stacked):
         chex.assert_trees_all_equal(got_kept, full)
 
 
+def test_a_row_that_overflowed_before_takes_no_gradient(implementation):
+    """Nothing is written there any more, though there is room for it: slots keep their cotangents, and new tokens get none."""
+    cache, new = filled([0, 3, 20, 7], overflowed=[False, True, False, False]), tokens(5)
+
+    def write(key, value, *contents):
+        after = jitted_append(KVCache(*contents, cache.length, cache.overflowed), key, value, implementation=implementation)
+        return after.key, after.value
+
+    contents = tuple(jnp.nan_to_num(x) for x in (cache.key, cache.value))
+    arriving = tuple(jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in contents)
+    *of_new, of_key, of_value = jax.vjp(write, *new, *contents)[1](arriving)
+    for got_new, got_kept, full in zip(of_new, (of_key, of_value), arriving, strict=True):
+        np.testing.assert_array_equal(got_new[1], 0.0)
+        assert np.all(np.any(np.asarray(got_new[jnp.array([0, 2, 3])]) != 0, axis=(1, 2, 3)))
+        chex.assert_trees_all_equal(got_kept[1], full[1])
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_donated_cache_is_updated_where_it_lies(implementation, stacked):
     cache = filled(LENGTHS if stacked else LENGTHS[1])

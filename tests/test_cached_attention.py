@@ -27,6 +27,7 @@ from cache_helpers import (
     options_of,
     split_at,
     tail,
+    tokens_of,
 )
 
 import flashcore_jax
@@ -236,3 +237,45 @@ def test_programs_that_share_a_split_change_nothing(case, monkeypatch):
     assert forward_errors(shared, exact) <= 1.0
     if few.per_split == many.per_split:
         assert_same(shared, together, exact, "triton")
+
+
+@pytest.mark.parametrize("case", ["one query, three splits", "lengths, window, soft cap"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scores_computed_first_at_large_logits(case, sign, monkeypatch):
+    """All near +300 or all near -300 beside the ordinary ones, and under a soft cap near its end: blocks' highest ones decide."""
+    monkeypatch.setattr(decode_kernel, "_LONG_CHAIN", 1)
+    w = FEW[case]
+    if w.logits_soft_cap:
+        w = dataclasses.replace(w, logits_soft_cap=60.0)
+    arrays = inputs(w)
+    arrays = arrays._replace(query=(arrays.query * 8).at[..., 0].set(48.0 * sign), key=(arrays.key * 8).at[..., 0].set(48.0))
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **w.options)
+    rows, tiles = Rows(*map(int32, w.lengths.values())), tiles_for(target_gpu(), problem)
+    assert decode_kernel.cut_for(problem, tiles.decode, 1000).scores_first
+    out, lse = jax.jit(lambda q, k, v: decode_kernel.decode(q, k, v, rows, problem, tiles, 1000))(*arrays[:3])
+    assert forward_errors((out, lse.swapaxes(1, 2)), oracle(arrays, **w.options)) <= 1.0
+
+
+def test_scores_computed_first_over_a_stacked_cache(monkeypatch):
+    """The middle layer of three; rows of their own lengths, one without room; poison in unused slots and in padding."""
+    monkeypatch.setattr(decode_kernel, "_LONG_CHAIN", 1)
+    computed = []
+    scores_first = decode_kernel._scores_first
+    monkeypatch.setattr(decode_kernel, "_scores_first", lambda *arguments: computed.append(True) or scores_first(*arguments))
+    before, counts = np.array([250, 0, 64, 289]), np.array([3, 3, 1, 3])
+    totals = np.minimum(before + counts, 291)
+    w = Workload(
+        "scores first", 4, 3, 291, 4, 2, 64, 64, "bfloat16", is_causal=True, split_size=128,
+        query_seq_lengths=tuple(counts), key_value_seq_lengths=tuple(totals),
+    )  # fmt: skip
+    arrays = inputs(w)
+    exact = oracle(arrays, **w.options)
+    for poison in (np.nan, np.inf):
+        cache, new = split_at(arrays, before, counts, w.T, unused=poison)
+        stack = jax.tree.map(lambda x: jnp.stack([x[::-1], x, x[::-1]]), cache)
+        query = tokens_of(arrays.query, [0] * 4, counts, w.T, poison)
+        got, after = attend(query, *new, stack, jnp.asarray(counts, jnp.int32), jnp.int32(1), options=options_of(w, "triton"))
+        np.testing.assert_array_equal(after.overflowed[1], [False, False, False, True])
+        assert all(np.all(np.isnan(x[3])) for x in got)
+        assert forward_errors(*jax.tree.map(lambda x: x[:3], (jax.device_get(got), exact))) <= 1.0
+    assert computed  # when it was traced: no other test has this call

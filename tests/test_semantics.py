@@ -296,6 +296,18 @@ def test_a_split_size_beyond_all_keys(implementation):
     chex.assert_trees_all_equal(got, expected)
 
 
+@pytest.mark.parametrize("T", [1, 33])
+def test_every_split_size_has_its_own_bits(implementation, T):
+    """By decode and by the forward: sums are closed where it says, or it would promise nothing."""
+    w = Workload("splits", 1, T, 600, 2, 1, 64, 64, "float32")
+    arrays = inputs(w)
+    exact = oracle(arrays)
+    results = [evaluate(attention_by(implementation, size), arrays) for size in (128, 256, 640)]
+    for got in results:
+        assert_right(got, exact)
+    assert len({np.asarray(got.out).tobytes() for got in results}) == 3
+
+
 def test_a_saturated_soft_cap(implementation):
     """Every logit is near the cap, whose slope is what 1 - tanh^2 leaves of its rounding."""
     w = Workload("cap", 1, 70, 70, 1, 1, 64, 64, "float32", is_causal=True, logits_soft_cap=0.2)

@@ -178,6 +178,14 @@ def test_remat_policy_avoids_a_second_forward(saved, forward_kernels):
     assert_close(jax.jit(gradient)(x), jax.jit(jax.grad(functools.partial(loss, layer)))(x))
 
 
+@pytest.mark.parametrize(("saved", "forwards"), [((), 2), (RESIDUAL_NAMES, 1)], ids=["saving nothing", "saving the residuals"])
+def test_remat_policy_avoids_a_second_forward_of_xla(saved, forwards):
+    """Plain JAX has no kernels to count: `ceil`, of the running maximum, stands in the forward only."""
+    layer = jax.checkpoint(lambda x: by("xla")(x, x[:, :, :K], x[:, :, :K]), policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    program = jax.make_jaxpr(jax.jit(jax.grad(lambda x: jnp.sum(layer(jnp.sin(x)) ** 2))))(arrays(1)[0])
+    assert str(program).count("= ceil ") == forwards
+
+
 @pytest.mark.parametrize("saved", [(), RESIDUAL_NAMES], ids=["saving nothing", "saving the residuals"])
 def test_remat(implementation, saved):
     loss = jax.checkpoint(loss_of(by(implementation)), policy=jax.checkpoint_policies.save_only_these_names(*saved))
