@@ -151,6 +151,25 @@ MUTATIONS = {
         (Edit("rows.py", "jnp.clip(jnp.where(layer < 0, layer + layers, layer), 0, layers - 1)", "jnp.clip(layer, 0, layers - 1)"),),
         tuple(f"tests/test_cache.py::test_a_traced_layer_counts_from_the_end_and_is_clamped[{name}--1-2-1]" for name in ("triton", "xla")),
     ),
+    "the maximum not rounded up": Mutation(
+        (Edit("online_softmax.py", "jnp.ceil(jnp.max(scores, axis=-1) * log2_scale)", "jnp.max(scores, axis=-1) * log2_scale"),),
+        (
+            "tests/test_online_softmax.py::test_the_maximum_is_an_integer_and_above_every_score[3.0]",
+            "tests/test_online_softmax.py::test_rescaling_changes_no_bit_but_the_exponent",
+        ),
+    ),
+    "sums never closed": Mutation(
+        (Edit(_FORWARD, "closes = p.split_size is not None and p.S > p.split_size", "closes = False"),),
+        ("tests/test_semantics.py::test_every_split_size_has_its_own_bits[triton-33]",),
+    ),
+    "a window without bound from S on": Mutation(
+        (Edit("problem.py", "None if side >= T + S else int(side)", "None if side >= S else int(side)"),),
+        _contract("window (30, 70), more queries than keys"),
+    ),
+    "the scale's sign lost under a soft cap": Mutation(
+        (Edit("logits.py", "tanh(products * (scale / logits_soft_cap))", "tanh(products * (abs(scale) / logits_soft_cap))"),),
+        _contract("scale below 0, soft cap 5"),
+    ),
     "room is not checked": Mutation(
         (Edit("rows.py", "overflowed | (count > capacity - length)", "overflowed | (count > 9 * capacity)"),),
         ("tests/test_cached_errors.py::test_overflow_under_jit_is_nan_for_that_row_and_only_it[triton-7]",),
