@@ -145,10 +145,10 @@ def test_exact_agrees_with_the_oracle(cell):
     with jax.enable_x64(True):
         got = jax.jit(exact.attention, static_argnums=0)(cell, q, k, v, d_out)
     G = cell.N // cell.K
-    oracle = testing.oracle(testing.Inputs(q, k, v, d_out, np.zeros((cell.B, cell.T, cell.N))), **cell.options)
-    truth = oracle.exact
+    inputs = testing.Inputs(q, k, v, d_out, np.zeros((cell.B, cell.T, cell.N)))
+    truth, weights = (testing.oracle(x, **cell.options).exact for x in (inputs, inputs._replace(value=jnp.abs(v))))
     expected = (
-        truth.out[-1, :, -G:], oracle.bound.out[-1, :, -G:] / testing.UNIT_ROUNDOFF[cell.dtype],
+        truth.out[-1, :, -G:], weights.out[-1, :, -G:],
         truth.dquery[-1, :, -G:], truth.dkey[-1, :, -1], truth.dvalue[-1, :, -1],
     )  # fmt: skip
     for x, y in zip(got, expected, strict=True):
@@ -162,13 +162,14 @@ CACHED = [*workloads.QUICK_BOARDS["decode"], Cell("ragged chunk", 3, 5, 4, 2, 16
 def test_exact_on_a_cache_agrees_with_the_oracle(cell):
     q, k, v, query_lengths, key_lengths = run.random_inputs(cell, jax.random.key(3))
     inputs = testing.Inputs(q, k, v, jnp.zeros_like(q), np.zeros((cell.B, cell.T, cell.N)))
-    oracle = testing.oracle(inputs, is_causal=True, query_seq_lengths=query_lengths, key_value_seq_lengths=key_lengths)
+    options = {"is_causal": True, "query_seq_lengths": query_lengths, "key_value_seq_lengths": key_lengths}
+    truth, weights = (testing.oracle(x, **options).exact for x in (inputs, inputs._replace(value=jnp.abs(v))))
     found, G = exact.cached(cell, q, k, v), cell.N // cell.K
     assert {row for row, _ in found} >= {0, cell.lengths.argmin(), cell.lengths.argmax(), cell.B - 1}
     for (row, head), (out, weight) in found.items():
         at = row, slice(None), slice(head * G, (head + 1) * G)
-        assert_same_in_float64(out, oracle.exact.out[at], cell)
-        assert_same_in_float64(weight, oracle.bound.out[at] / testing.UNIT_ROUNDOFF[cell.dtype], cell)
+        assert_same_in_float64(out, truth.out[at], cell)
+        assert_same_in_float64(weight, weights.out[at], cell)
 
 
 @pytest.mark.parametrize("cell", CACHED, ids=lambda cell: cell.name)
