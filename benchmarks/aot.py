@@ -197,7 +197,8 @@ def _mosaic_facts(printed: str) -> dict[str, dict]:
     report = {}
     for text in printed.split("\n.visible .entry ")[1:]:
         ((name, facts),) = ptxas_facts(text, text).items()
-        launched = re.search(r"call i32 @mosaic_gpu_launch_kernel\((.*)\)", text)[1]
+        # jax 0.11 launches, 0.12 says how to; the numbers are the same.
+        launched = re.search(r"call (?:i32 @mosaic_gpu_launch_kernel|void @mosaic_gpu_build_kernel_spec)\((.*)\)", text)[1]
         numbers = re.findall(r"i32 (\d+)", launched)  # of grid, cluster and block three each, then the bytes of shared memory
         computing = re.search(r"setmaxnreg\.inc\.sync\.aligned\.u32 (\d+)", text)
         report[name.removesuffix("_kernel")] = facts | {
