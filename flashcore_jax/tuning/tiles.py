@@ -54,7 +54,7 @@ _RUNNING_TOTAL = (
 )
 _WIDE = "an accumulator of 256 columns and the scores fill the registers; loop invariants spill"
 _EVERY_OPTION = "only with lengths, a window and a soft cap together, whose state is kept beside the accumulator"
-_SPLIT_OPERANDS = "3xTF32 holds two halves of every operand; loop invariants spill"
+_SPLIT_OPERANDS = "3xTF32 holds two halves of every operand; of wide heads not all fit the registers"
 
 
 def _heuristic(gpu: Gpu, bits: int, bucket: int) -> dict[str, Tile]:
@@ -62,8 +62,11 @@ def _heuristic(gpu: Gpu, bits: int, bucket: int) -> dict[str, Tile]:
     roomy = gpu.shared_memory >= 160 * 1024
     if bits == 32:
         reason = "3xTF32 holds operands twice over: the largest tile whose halves fit the registers and 99 KiB of shared memory"
-        block, warps = {64: (32, 4), 128: (32, 8), 256: (16, 8)}[bucket]
-        return dict.fromkeys(KERNELS, Tile(block, block, warps, 1, reason=reason, spills=_SPLIT_OPERANDS))
+        tile = Tile(*{64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 32, 4)}[bucket], 1, reason=reason, spills=_SPLIT_OPERANDS)
+        tiles = dict.fromkeys(KERNELS, tile)
+        if bucket == 256:  # two accumulators of 32 keys would not fit
+            tiles["dkdv"] = dataclasses.replace(tile, block_q=32 if roomy else 16, block_k=16)
+        return tiles
     if bucket == 64:
         tile = Tile(
             64,
