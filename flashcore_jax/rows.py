@@ -23,6 +23,31 @@ class Rows(NamedTuple):
         return [x for x in self if x is not None]
 
 
+def told(problem) -> tuple[bool, ...]:
+    """Which fields of `Rows` a call's problem has."""
+    p = problem
+    return p.query_lengths, p.key_lengths, p.cached, p.L is not None
+
+
+class Row(NamedTuple):
+    """What a kernel knows of its batch row."""
+
+    lengths: tuple  # valid queries and keys, clamped to the arrays
+    overflowed: object = None  # of a cache's row: the answer is NaN
+    layer: tuple = ()  # what stands before the indices into a stacked cache
+
+
+def row_of(refs, problem, b=0) -> Row:
+    """Row b, from a kernel's refs of `Rows.arrays`, which others may follow."""
+    p = problem
+    refs = iter(refs)
+    query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in told(p))
+    layer = () if layer_ref is None else (layer_within(layer_ref[0], p.L),)
+    query_length = p.T if query_ref is None else jnp.clip(query_ref[b], 0, p.T)
+    key_length = p.S if key_ref is None else jnp.clip(key_ref[(*layer, b)], 0, p.S)
+    return Row((query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, b)], layer)
+
+
 def append(length, overflowed, count, capacity: int):
     """(tokens to be written, length, overflowed) of rows that `count` tokens are appended to: all of a row's, or none."""
     overflowed = overflowed | (count > capacity - length)

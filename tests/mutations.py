@@ -46,7 +46,6 @@ _POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothi
 _CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _DECODE, _APPEND = "kernels/triton/decode.py", "kernels/triton/append.py"
-_BLOCKS = "kernels/triton/blocks.py"
 
 MUTATIONS = {
     "no mask of key columns": Mutation(
@@ -136,7 +135,7 @@ MUTATIONS = {
         ("tests/test_cache.py::test_append_writes_behind_each_row_and_nowhere_else[triton-5-float16]", _CHUNKS),
     ),
     "appended to the first layer": Mutation(
-        (Edit(_BLOCKS, "(layer_within(ref[0], layers),)", "(0 * ref[0],)"),),
+        (Edit(_APPEND, "(rows.layer_within(more_refs[-1][0], layers),)", "(0 * more_refs[-1][0],)"),),
         ("tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",),
     ),
     "the second load of splits is the first again": Mutation(

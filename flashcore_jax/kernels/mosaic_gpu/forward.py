@@ -27,7 +27,7 @@ from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blo
 from flashcore_jax.logits import scores_of, takes_rough_tanh
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
-from flashcore_jax.rows import Rows, layer_within
+from flashcore_jax.rows import Rows, row_of, told
 from flashcore_jax.tuning.gpus import Gpu
 
 _PIECE = 128  # columns of the output that leave through shared memory together
@@ -62,22 +62,9 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _row(refs, problem: Problem, b):
-    """The row's (query length, key length), whether it has overflowed, and the layer in front of an index into the cache."""
-    p = problem
-    refs = iter(refs)
-    told = (p.query_lengths, p.key_lengths, p.cached, p.L is not None)
-    query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in told)
-    layer = () if layer_ref is None else (layer_within(layer_ref[0], p.L),)
-    query_length = jnp.int32(p.T) if query_ref is None else jnp.clip(query_ref[b], 0, p.T)
-    key_length = jnp.int32(p.S) if key_ref is None else jnp.clip(key_ref[(*layer, b)], 0, p.S)
-    return (query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, b)] != 0, layer
-
-
 def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: Schedule, plan: _Plan, closes: bool):
     p, stages = problem, plan.stages
-    number_of_rows = sum((p.query_lengths, p.key_lengths, p.cached, p.L is not None))
-    row_refs, (out_ref, lse_ref, *refs) = refs[:number_of_rows], refs[number_of_rows:]
+    row_refs, (out_ref, lse_ref, *refs) = refs[: sum(told(p))], refs[sum(told(p)) :]
     total_ref, *refs = refs if closes and not plan.total_in_shared else (None, *refs)
     q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free = refs
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
@@ -88,13 +75,14 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
 
         def fetch_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            lengths, _, layer = _row(row_refs, p, b)
+            row = row_of(row_refs, p, b)
+            lengths = tuple(map(jnp.int32, row.lengths))
             blocks = blocks_of(first_query, plan.queries, lengths, p.band)
             kv_head = quotient(n, p.G)
 
             def fetch(block, fetched):
                 slot = remainder(fetched, stages)
-                at = (*layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
+                at = (*row.layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
                 for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
 
                     @pl.when(fetched >= stages)
@@ -130,7 +118,8 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
 
         def compute_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            lengths, overflowed, _ = _row(row_refs, p, b)
+            row = row_of(row_refs, p, b)
+            lengths = tuple(map(jnp.int32, row.lengths))
             everyone = blocks_of(first_query, plan.queries, lengths, p.band)
             first_query += warpgroup * ROWS
             blocks = blocks_of(first_query, ROWS, lengths, p.band, everyone)
@@ -155,7 +144,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
             plgpu.barrier_arrive(q_free.at[warpgroup])
 
-            factor, empty, nothing, lse = _finish(running_max, row_sum, first_query, lengths, overflowed)
+            factor, empty, nothing, lse = _finish(running_max, row_sum, first_query, lengths, row.overflowed)
             rows, width = pl.ds(first_query, ROWS), min(p.Hv, _PIECE)
             for start in range(0, p.Hv, width):
                 # Selected, not multiplied by 0: a product with a poisoned query is NaN.
@@ -350,7 +339,7 @@ def _finish(running_max, row_sum, first_query, lengths, overflowed):
     factor, lse = 1.0 / row_sum, jnp.where(empty, -jnp.inf * ones, (running_max + jnp.log2(row_sum)) * online_softmax.LN_2)
     if overflowed is None:
         return factor, empty, jnp.float32(0), lse
-    nan = jnp.where(overflowed, jnp.float32(jnp.nan), jnp.float32(0))
+    nan = jnp.where(overflowed != 0, jnp.float32(jnp.nan), jnp.float32(0))
     factor, lse = factor + nan, lse + nan
     return factor, empty, nan, lse
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import rows
-from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, layer_index, padded, stack_spec
+from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, padded, stack_spec
 from flashcore_jax.kernels.triton.launch import barrier, launch, load, store
 from flashcore_jax.tuning.tiles import Tile
 
@@ -29,7 +29,7 @@ def _kernel(
 ):  # fmt: skip
     refs, rows_after = (refs[:-2], refs[-2:]) if whole else (refs, ())
     *more_refs, _, _, length_ref, overflowed_ref, key_ref, value_ref = refs
-    layer = () if layers is None else layer_index(more_refs[-1], layers)
+    layer = () if layers is None else (rows.layer_within(more_refs[-1][0], layers),)
     tokens = jnp.clip(more_refs[0][0], 0, T) if counted else T
     row = (*layer, jnp.int32(0))
     _, token_tile, _ = programs.split(pl.program_id(0))

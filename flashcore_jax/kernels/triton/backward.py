@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_of, row_specs
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load, load_chunks, scaled_exp2, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import quotient, sees_any, visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import Problem
-from flashcore_jax.rows import Rows
+from flashcore_jax.rows import Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 

@@ -5,7 +5,6 @@ which of tile and head runs fastest is the tile's choice: heads fastest keeps a 
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
-from flashcore_jax.rows import layer_within
+from flashcore_jax.rows import told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,41 +85,11 @@ class Programs:
         return self.spec((1,), lambda b, tile, head: (b,))
 
 
-class Row(NamedTuple):
-    """What a kernel knows of its batch row."""
-
-    lengths: tuple  # valid queries and keys, clamped to the arrays
-    overflowed: object = None  # of a cache's row: the answer is NaN
-    layer: tuple = ()  # what stands before the indices into a stacked cache
-
-
-def row_of(refs, problem: Problem) -> Row:
-    """From refs that begin with those of `Rows.arrays`."""
-    p = problem
-    refs = iter(refs)
-    query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in _told(p))
-    layer = () if layer_ref is None else layer_index(layer_ref, p.L)
-    query_length = p.T if query_ref is None else jnp.clip(query_ref[0], 0, p.T)
-    key_length = p.S if key_ref is None else jnp.clip(key_ref[(*layer, 0)], 0, p.S)
-    return Row((query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, 0)], layer)
-
-
 def row_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
     """The specs of `Rows.arrays`."""
     p = problem
     of_cache = stack_spec(programs, p.L, (1,), lambda b, tile, head: (b,))
-    return [spec for spec, there in zip((programs.row_spec, of_cache, of_cache, LAYER_SPEC), _told(p), strict=True) if there]
-
-
-def _told(problem: Problem) -> tuple[bool, ...]:
-    """Which fields of `Rows` there are."""
-    p = problem
-    return p.query_lengths, p.key_lengths, p.cached, p.L is not None
-
-
-def layer_index(ref, layers: int) -> tuple:
-    """The layer in front of an index into a stack of so many."""
-    return (layer_within(ref[0], layers),)
+    return [spec for spec, there in zip((programs.row_spec, of_cache, of_cache, LAYER_SPEC), told(p), strict=True) if there]
 
 
 def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> pl.BlockSpec:

@@ -20,13 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_of, row_specs
+from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
 from flashcore_jax.logits import log2_scale_of
 from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
-from flashcore_jax.rows import Rows
+from flashcore_jax.rows import Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap

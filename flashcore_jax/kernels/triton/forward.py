@@ -15,12 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Programs, Row, column_chunks, key_spec, padded, row_of, row_specs
+from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import log2_scale_of, scores_of
 from flashcore_jax.masks import quotient, visible, visible_blocks
 from flashcore_jax.problem import Problem
-from flashcore_jax.rows import Rows
+from flashcore_jax.rows import Row, Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 
