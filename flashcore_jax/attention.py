@@ -12,7 +12,7 @@ from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.errors import Unsupported
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, RESIDUAL_NAMES, Problem, problem_of
 from flashcore_jax.rows import Rows, int32, of_layer, with_layer
-from flashcore_jax.sharding import shards_of
+from flashcore_jax.sharding import partitioned, shards_of, varying_together
 
 
 def attention(
@@ -96,15 +96,20 @@ def attend(query, key, value, rows: Rows, problem: Problem, implementation: str 
         of_query, of_keys, of_cache = shards.of_tokens(), shards.of_tokens(problem.L), shards.of_rows(problem.L)
         specs = (of_query, of_keys, of_keys, shards.of_rows(), of_cache, of_cache, shards.everywhere)
         return shards.run(_attend_part, (problem, implementation), (query, key, value, *rows), specs, (of_query, of_query))
-    name = implementations.choose(implementation, problem)
-    run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
-    out, lse = run(query, key, value, rows, problem)
-    return out, lse.swapaxes(1, 2)
+    return _attend_here(query, key, value, rows, problem, implementation)
 
 
 def _attend_part(problem: Problem, implementation: str | None, query, key, value, *rows):
     problem = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
-    return attend(query, key, value, Rows(*rows), problem, implementation)
+    return _attend_here(query, key, value, Rows(*rows), problem, implementation)
+
+
+def _attend_here(query, key, value, rows: Rows, problem: Problem, implementation: str | None):
+    query, key, value, rows = varying_together((query, key, value, rows))
+    name = implementations.choose(implementation, problem)
+    run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
+    out, lse = run(query, key, value, rows, problem)
+    return out, lse.swapaxes(1, 2)
 
 
 def explain(
@@ -177,13 +182,26 @@ def _no_such_derivative(name: str, what: str) -> Unsupported:
     )
 
 
-def _kernel_step(step: str):
+def _kernel_step(step: str, results):
     """One step of a kernel implementation, jitted; differentiating the kernels themselves says what to use instead."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def on_a_part(arrays, problem, name):
+        query, key, *_ = arrays
+        problem = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
+        return getattr(implementations.module(name), step)(*arrays, problem)
+
+    def axes(arrays, problem, name):
+        layers = "" if problem.L is None else "l"
+        of_rows = Rows("b", *[layers + "b"] * 2, "o")
+        rows = Rows(*(letters if x is not None else None for letters, x in zip(of_rows, arrays[3], strict=True)))
+        of_arrays = "btnh", f"{layers}bskh", f"{layers}bskv", rows, "btnv", "bnt", "btnv", "bnt"
+        return of_arrays[: len(arrays)], results
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(arrays, problem, name):
-        return getattr(implementations.module(name), step)(*arrays, problem)
+        return partitioned(on_a_part, axes)(arrays, problem, name)
 
     @run.defjvp
     def refuse(problem, name, primals, tangents):
@@ -192,5 +210,5 @@ def _kernel_step(step: str):
     return run
 
 
-_forward = _kernel_step("forward")
-_backward = _kernel_step("backward")
+_forward = _kernel_step("forward", ("btnv", "bnt"))
+_backward = _kernel_step("backward", ("btnh", "bskh", "bskv"))

@@ -10,7 +10,7 @@ import numpy as np
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 from flashcore_jax.problem import DTYPES, is_int
-from flashcore_jax.sharding import shards_of
+from flashcore_jax.sharding import partitioned, shards_of, varying_together
 
 
 @jax.tree_util.register_dataclass
@@ -225,6 +225,7 @@ def _raise_if(overflowed, expected: str, found: str) -> None:
 
 def _append(name: str, *arrays):
     """Through "xla" differentiable as it is, in every mode; a kernel's derivative is written down below."""
+    arrays = varying_together(arrays)
     if name == "xla":
         return implementations.module(name).append(*arrays)
     try:
@@ -240,7 +241,19 @@ def _append(name: str, *arrays):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 @functools.partial(jax.jit, static_argnums=(8,))
 def _append_by_kernel(key_cache, value_cache, length, overflowed, key, value, count, layer, name: str):
-    return tuple(implementations.module(name).append(key_cache, value_cache, length, overflowed, key, value, count, layer))
+    arrays = key_cache, value_cache, length, overflowed, key, value, count, layer
+    return partitioned(_append_a_part, _axes)(arrays, name)
+
+
+def _append_a_part(arrays, name: str):
+    return tuple(implementations.module(name).append(*arrays))
+
+
+def _axes(arrays, name: str):
+    *_, count, layer = arrays
+    layers = "" if layer is None else "l"
+    of_cache = f"{layers}bskh", f"{layers}bskv", f"{layers}b", f"{layers}b"
+    return (*of_cache, "btkh", "btkv", None if count is None else "b", None if layer is None else "o"), of_cache
 
 
 def _append_fwd(key_cache, value_cache, length, overflowed, key, value, count, layer, name: str):
@@ -252,7 +265,7 @@ def _append_bwd(name: str, residuals, cotangents):
     """Linear, whoever computes it. What was written has its gradient from where it was written, what it replaced has none."""
     length, overflowed, count, layer, T = residuals
     caches = cotangents[:2]
-    tokens = tuple(jax.ShapeDtypeStruct((x.shape[-4], T, *x.shape[-2:]), x.dtype) for x in caches)
+    caches, tokens = varying_together((caches, tuple(jnp.zeros((x.shape[-4], T, *x.shape[-2:]), x.dtype) for x in caches)))
 
     def append(key_cache, value_cache, key, value):
         return implementations.module("xla").append(key_cache, value_cache, length, overflowed, key, value, count, layer)[:2]

@@ -1,15 +1,19 @@
-"""Arrays that carry their sharding in their type (the axes of `jax.make_mesh` are explicit by default): rows of the batch and
-key/value heads are independent of each other, so every device computes its own, in a `shard_map`.
+"""Several devices. Rows of the batch and key/value heads are independent of each other: every device computes its own.
 
-Where the program is partitioned for us (automatic axes), or we are in a `shard_map` already, there is nothing to do here.
+On a mesh of explicit axes (the default of `jax.make_mesh`) an array's type says how it is shared out, and `shards_of` makes a `shard_map`
+of a call. On automatic axes XLA decides that when it compiles: `partitioned` tells it how a kernel's arrays hang together. In a
+`shard_map` of the caller's there is nothing to do.
 """
 
 import dataclasses
 import functools
+import math
 from typing import ClassVar
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,10 @@ class Shards:
     heads: object
 
     everywhere: ClassVar = PartitionSpec()
+
+    def spec(self, axes: str) -> PartitionSpec:
+        """Of an array with these axes, one letter each: b is the batch, n are query heads, k key/value heads."""
+        return PartitionSpec(*({"b": self.batch, "n": self.heads, "k": self.heads}.get(axis) for axis in axes))
 
     def of_rows(self, layers: int | None = None) -> PartitionSpec:
         """[B]; with layers [L, B]."""
@@ -46,23 +54,111 @@ def _by_everyone(function, static: tuple, mesh, specs, out_specs, *arrays):
 
 
 def shards_of(tokens, heads: int) -> Shards | None:
-    """From the first array of `tokens`, [B, T, heads, ...] or stacked, that says so. Heads are shared out where that leaves whole
-    key/value heads, of which there are so many."""
-    found = None
-    for x in tokens:
-        sharding = jax.typeof(x).sharding
-        if not sharding.mesh.explicit_axes:
-            continue
-        batch, _, of_heads, _ = sharding.spec[-4:]
-        found = found or Shards(sharding.mesh, None, None)
-        found = dataclasses.replace(found, batch=found.batch or batch, heads=found.heads or of_heads)
-    if found and heads % _devices(found.mesh, found.heads):
-        found = dataclasses.replace(found, heads=None)
-    return found
+    """From the arrays of `tokens`, [B, T, heads, ...] or stacked, that say so, the first ones before the others. Heads are shared out
+    where that leaves whole key/value heads, of which there are so many."""
+    found = [sharding for sharding in (jax.typeof(x).sharding for x in tokens) if sharding.mesh.explicit_axes]
+    if not found:
+        return None
+    mesh, specs = found[0].mesh, [sharding.spec[-4:] for sharding in found]
+    return _shards(mesh, [spec[0] for spec in specs], [spec[2] for spec in specs], 0, heads)
+
+
+def _shards(mesh, batch: list, heads: list, rows: int, kv_heads: int) -> Shards:
+    """Of the mesh axes that arrays are laid out over, the first for each, as far as that leaves whole rows and key/value heads."""
+    batch = next((axes for axes in batch if axes and rows % _devices(mesh, axes) == 0), None)
+    free = (axes for axes in heads if axes and not {*_names(axes)} & {*_names(batch)})
+    heads = next((axes for axes in free if kv_heads % _devices(mesh, axes) == 0), None)
+    return Shards(mesh, batch, heads)
+
+
+def _names(axes) -> tuple:
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def _devices(mesh, axes) -> int:
-    size = 1
-    for axis in axes if isinstance(axes, tuple) else (axes,):
-        size *= 1 if axis is None else mesh.shape[axis]
-    return size
+    return math.prod(mesh.shape[axis] for axis in _names(axes))
+
+
+def varying_axes(x) -> frozenset:
+    """The axes of the `shard_map`s around that an array is known to vary over."""
+    aval = jax.typeof(x)
+    return frozenset(aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma)  # jax 0.11, jax 0.10
+
+
+def varying_together(arrays):
+    """The arrays, said to vary over all axes that one of them varies over: what JAX does for the operands of its own operations, and
+    of a `custom_vjp` asks of the caller. (Its transpose is the sum over devices that the gradient of what is the same on all needs.)"""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
+
+    def cast(x):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
+
+
+def partitioned(step, axes):
+    """step(arrays, *static), of which XLA knows how to share it out over devices, so that it need not gather the arrays.
+
+    axes(arrays, *static) gives the axes of the arrays and of the results, as trees of strings in the letters of `Shards.spec`. What is
+    computed of a device's part has other sizes: `step` takes them from its arrays. A program for one device is what it was.
+    """
+
+    def run(arrays, *static):
+        mesh = jax.sharding.get_abstract_mesh()
+        if not (mesh.empty or mesh.auto_axes):  # it is left to us
+            return step(arrays, *static)
+        of_arrays, of_results = axes(arrays, *static)
+        leaves = zip(jax.tree.leaves(of_arrays), jax.tree.leaves(arrays), strict=True)
+        sizes = {letter: size for letters, x in leaves for letter, size in zip(letters, x.shape, strict=True)}
+
+        def of_a_part(arrays):
+            return step(arrays, *static)
+
+        def infer(mesh, arrays, results):
+            return _shardings(_laid_out(mesh, *arrays, of_arrays, sizes), of_results)
+
+        def partition(mesh, arrays, results):
+            shards = _laid_out(mesh, *arrays, of_arrays, sizes)
+            return shards.mesh, of_a_part, _shardings(shards, of_results), (_shardings(shards, of_arrays),)
+
+        told = custom_partitioning(of_a_part)
+        told.def_partition(partition, infer, **_rule(of_arrays, of_results, sizes))
+        call = jax.custom_batching.custom_vmap(told)
+
+        @call.def_vmap
+        def mapped(size, is_mapped, arrays):
+            results = jax.vmap(of_a_part, jax.tree.map(lambda mapped: 0 if mapped else None, is_mapped), axis_size=size)(arrays)
+            return results, jax.tree.map(lambda _: True, results)
+
+        return call(arrays)
+
+    return run
+
+
+def _laid_out(mesh, arrays, of_arrays, sizes: dict) -> Shards:
+    """How XLA has laid the arrays out, as far as their rows and heads go."""
+    if mesh.empty:  # none that JAX knows: no array's sharding has a spec
+        devices = jax.tree.leaves(arrays)[0].sharding.device_set
+        mesh = Mesh(np.array(sorted(devices, key=lambda device: device.id)), "x")
+    axes = {letter: [] for letter in "bnk"}
+    for letters, x in zip(jax.tree.leaves(of_arrays), jax.tree.leaves(arrays), strict=True):
+        for letter, of_mesh in zip(letters, getattr(x.sharding, "spec", ()), strict=False):
+            axes.get(letter, []).append(of_mesh)
+    return _shards(mesh, axes["b"], axes["n"] + axes["k"], sizes["b"], sizes["k"])
+
+
+def _shardings(shards: Shards, axes):
+    return jax.tree.map(lambda letters: NamedSharding(shards.mesh, shards.spec(letters)), axes)
+
+
+def _rule(of_arrays, of_results, sizes: dict) -> dict:
+    """The same for Shardy: query heads are groups of key/value heads, and what is neither these nor the batch is not shared out."""
+    group = sizes.get("n", sizes["k"]) // sizes["k"]
+
+    def side(axes):
+        return ", ".join(" ".join(letters).replace("n", "(k g)" if group > 1 else "k") for letters in jax.tree.leaves(axes))
+
+    rule = f"{side(of_arrays)} -> {side(of_results)}"
+    whole = tuple(dict.fromkeys(letter for letter in rule if letter.isalpha() and letter not in "bk"))  # as they come: it asks for that
+    return {"sharding_rule": rule, "need_replication_factors": whole} | ({"g": group} if group > 1 else {})

@@ -70,32 +70,32 @@ def test_masks_of_whole_tiles_cost_nothing():
     assert 2 * facts["threads"] * -(-facts["registers"] // 8) * 8 <= 65536
 
 
-def program_for_two_gpus(spec, implementation, explicit) -> str:
+def program_for_two_gpus(spec, implementation, by) -> str:
     mesh = aot.mesh_for("NVIDIA H200", devices=2)
 
     def gradients(*arrays):
         out_of = functools.partial(flashcore_jax.attention, is_causal=True, implementation=implementation)
         return jax.vjp(out_of, *arrays)[1](arrays[0])
 
-    if explicit:
-        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType.Explicit,))
-    else:
+    if by == "shard_map":
         gradients = jax.shard_map(gradients, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
+    else:
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType[by],))
     shapes = ((2, 1024, heads, 64) for heads in (8, 2, 2))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape in shapes]
-    with jax.set_mesh(mesh) if explicit else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.set_mesh(mesh) if by == "Explicit" else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(gradients).lower(*arrays).compile().as_text()
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["shard_map", "explicit axes"])
+@pytest.mark.parametrize("by", ["shard_map", "Explicit", "Auto"])
 @pytest.mark.parametrize(("implementation", "kernel"), [("triton", "__gpu$xla.gpu.triton"), ("mosaic_gpu", "mosaic_gpu_v2")])
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
-def test_two_gpus_exchange_nothing(spec, implementation, kernel, explicit):
+def test_two_gpus_exchange_nothing(spec, implementation, kernel, by):
     """Forward and backward for two H200s, with shard_map's checks on; test_transforms.py has the numbers, on four CPUs."""
     # In a process of its own: here JAX has already looked for GPUs, and a machine without one then has no compiler for them.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
-        program = pool.submit(program_for_two_gpus, spec, implementation, explicit).result()
+        program = pool.submit(program_for_two_gpus, spec, implementation, by).result()
     assert program.count(kernel) >= 3
     assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
@@ -161,12 +161,16 @@ CALLS = {
 }
 
 
+def a_cache_and_tokens(layers, T):
+    cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(BATCH, SLOTS, KV_HEADS, SIZE, layers=layers))
+    return cache, *(jax.ShapeDtypeStruct((BATCH, T, heads, SIZE), jnp.bfloat16) for heads in (8, KV_HEADS, KV_HEADS))
+
+
 def copies_and_memory(name: str) -> tuple[dict, int, int]:
     """The operations of the optimized program that make an array as large as a layer's keys, and the bytes of temporary and
     of aliased memory. The cache is donated."""
     f, layers, T = CALLS[name]
-    cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(BATCH, SLOTS, KV_HEADS, SIZE, layers=layers))
-    token = (jax.ShapeDtypeStruct((BATCH, T, heads, SIZE), jnp.bfloat16) for heads in (8, KV_HEADS, KV_HEADS))
+    cache, *token = a_cache_and_tokens(layers, T)
     program = aot.compile_for(f, cache, *token, gpu="NVIDIA H200", donate_argnums=0)
     memory = program.memory_analysis()
     copies = hlo.copies(program.as_text(), BATCH * SLOTS * KV_HEADS * SIZE)
@@ -192,6 +196,31 @@ def test_the_cache_is_not_copied(programs, name):
         assert not copies
         assert temporary < layer / 3
         assert aliased >= layer * (CALLS[name][1] or 1)
+
+
+def decode_for_two_gpus(axes) -> tuple[str, dict, int]:
+    """The loop over a stacked cache, whose batch or heads two GPUs share, on automatic axes; copies of a GPU's part of a layer's keys,
+    and the bytes of aliased memory."""
+    mesh = aot.mesh_for("NVIDIA H200", devices=2)
+    rows, tokens = P(None, axes[0]), P(axes[0], None, axes[1])
+    specs = (P(None, *tokens), P(None, *tokens), rows, rows, *[tokens] * 3)
+    shapes, tree = jax.tree.flatten(a_cache_and_tokens(LAYERS, 1))
+    shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x, spec in zip(shapes, specs, strict=True))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.jit(scan_over_layers_in_while_loop, donate_argnums=0).lower(*tree.unflatten(shapes)).compile()
+    copies = hlo.copies(program.as_text(), BATCH * SLOTS * KV_HEADS * SIZE // 2)
+    return program.as_text(), copies, program.memory_analysis().alias_size_in_bytes
+
+
+@pytest.mark.parametrize("axes", [("x", None), (None, "x")], ids=["batch", "heads"])
+@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+def test_two_gpus_decode_in_place(axes):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), aot.leave_the_gpu_alone) as pool:
+        program, copies, aliased = pool.submit(decode_for_two_gpus, axes).result()
+    assert "flashcore_decode" in program
+    assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not copies
+    assert aliased >= LAYERS * BATCH * SLOTS * KV_HEADS * SIZE * 2  # half of the keys and values, two bytes each
 
 
 @pytest.mark.parametrize(("gpu", "x64"), [*((gpu, False) for gpu in GPUS), ("NVIDIA H200", True)])

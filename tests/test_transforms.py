@@ -215,22 +215,26 @@ def test_shard_map(implementation, over):
     assert_close(gradients(*sharded, *LENGTHS.values()), expected_gradients())
 
 
-@pytest.mark.parametrize(
-    ("spec", "jitted"),
-    [(spec, True) for spec in (P(), P("x"), P("x", None, "y"), P(("x", "y")), P(None, "x"), P(None, None, ("x", "y")))]
-    + [(P("x", None, "y"), False)],
-    ids=str,
-)
-def test_a_mesh_of_explicit_axes(implementation, spec, jitted):
-    """What `jax.make_mesh` gives by default: the result is laid out as query is, where rows and whole key/value heads (two here) are."""
+def devices(axis_type, shape=(2, 2)):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
-    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
-    uneven = [P(None, "x"), P(None, None, ("x", "y"))]  # 17 queries, and key/value heads
+    return jax.make_mesh(shape, ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+
+
+AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda axis_type: axis_type.name)
+# Rows and whole key/value heads, of which there are two, stay where they are; others are gathered.
+SPECS = dict.fromkeys((P(), P("x"), P("x", None, "y"), P(("x", "y"))), True) | {P(None, "x"): False, P(None, None, ("x", "y")): False}
+
+
+@pytest.mark.parametrize(("spec", "jitted"), [*((spec, True) for spec in SPECS), (P("x", None, "y"), False)], ids=str)
+@AXIS_TYPES
+def test_a_mesh(implementation, axis_type, spec, jitted):
+    """Explicit axes are what `jax.make_mesh` gives by default, automatic ones what most models have."""
+    mesh, whole = devices(axis_type), SPECS[spec]
     sharding = NamedSharding(mesh, spec)
     query, key, value = arrays(B)
     query = jax.device_put(query if spec != P(None, "x") else query[:, :16], sharding)
-    if spec not in uneven:
+    if whole:
         key, value = (jax.device_put(x, sharding) for x in (key, value))
     lengths = {"key_value_seq_lengths": LENGTHS["key_value_seq_lengths"]}
     function = jax.value_and_grad(loss_of(by(implementation, **lengths)), (0, 1, 2))
@@ -238,7 +242,95 @@ def test_a_mesh_of_explicit_axes(implementation, spec, jitted):
         got = (jax.jit(function) if jitted else function)(query, key, value)
     assert_close(got, function(*jax.device_get((query, key, value))))
     out = by(implementation, **lengths)(query, key, value)
-    assert jax.typeof(out).sharding.spec == P(*(P() if spec in uneven else spec), *[None] * (4 - len(P() if spec in uneven else spec)))
+    if axis_type == AxisType.Explicit:
+        spec = spec if whole else P()
+        assert jax.typeof(out).sharding.spec == P(*spec, *[None] * (4 - len(spec)))
+    elif whole:
+        assert out.sharding.is_equivalent_to(sharding, out.ndim)
+        if implementation != "xla":  # where XLA sees through all of it, it may do as it likes
+            assert "all-gather" not in jax.jit(function).lower(query, key, value).compile().as_text()
+
+
+@AXIS_TYPES
+def test_rows_of_query_and_heads_of_key_on_one_mesh_axis(implementation, axis_type):
+    """Only one of them can stay."""
+    mesh = devices(axis_type)
+    query, key, value = arrays(B)
+    laid_out = (
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((query, P("x")), (key, P(None, None, "x")), (value, P("y", None, "x")))
+    )
+    assert_close(jax.jit(by(implementation))(*laid_out), by(implementation)(query, key, value))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "axis_type"), [("xla", AxisType.Explicit), ("xla", AxisType.Auto), ("triton", AxisType.Auto)], ids=str
+)
+def test_vmap_over_an_axis_that_is_shared_out(implementation, axis_type):
+    """Pallas's interpreter and its Mosaic GPU route do not take such an axis where it is explicit."""
+    mesh = devices(axis_type)
+    several = arrays(2, B)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.vmap(by(implementation)))(*(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in several))
+    assert_close(got, jax.vmap(by(implementation))(*several))
+
+
+def traced_in_a_shard_map(f, of_arrays, of_results, *arrays):
+    """With shard_map's checks, for two H200s."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=of_arrays, out_specs=of_results)).trace(*arrays)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton", None])
+@pytest.mark.parametrize("varying", ["query", "key and value", "lengths"])
+def test_only_some_arrays_vary_over_a_shard_map(implementation, varying):
+    """The others are the same on all devices: so are not the results, and the others' gradients are sums over devices."""
+    X, same = P("x"), P()
+    specs = {"query": (X, same, same, same), "key and value": (same, X, X, same), "lengths": (same, same, same, X)}[varying]
+    shapes = ((2, 128, 4, 64), (2, 128, 2, 64), (2, 128, 2, 64), (2,))
+    shapes = [(4, *shape[1:]) if spec == X else shape for shape, spec in zip(shapes, specs, strict=True)]
+    array = [jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.bfloat16) for shape in shapes]
+
+    def attend(query, key, value, lengths):
+        return flashcore_jax.attention(query, key, value, key_value_seq_lengths=lengths, is_causal=True, implementation=implementation)
+
+    def gradients(*arrays):
+        return jax.grad(lambda *a: jnp.sum(attend(*a, arrays[3]).astype(jnp.float32)), (0, 1, 2))(*arrays[:3])
+
+    traced_in_a_shard_map(attend, specs, X, *array)
+    traced_in_a_shard_map(gradients, specs, specs[:3], *array)
+    with pytest.raises(ValueError, match="out_specs"):  # where it is claimed that all devices have one result
+        traced_in_a_shard_map(attend, specs, same, *array)
+
+
+def test_the_gradient_of_what_is_the_same_on_all_devices(monkeypatch):
+    """Is the sum over them. shard_map's checks do not take Pallas's interpreter: the reference stands in for the kernels."""
+    mesh = devices(AxisType.Auto, (4, 1))
+
+    def forward(query, key, value, rows, problem):
+        out, lse = reference.attention(query, key, value, is_causal=True, return_lse=True)
+        return out, lse.swapaxes(1, 2)
+
+    def backward(query, key, value, rows, out, lse, dout, dlse, problem):
+        return jax.vjp(lambda *a: forward(*a, rows, problem), query, key, value)[1]((dout, dlse))
+
+    for name, step in (("forward", forward), ("backward", backward)):
+        monkeypatch.setattr(f"flashcore_jax.kernels.triton.{name}", step)
+    query, key, value = (x[:, :5] for x in arrays(B))  # sizes that no other test has traced
+    loss = loss_of(by("triton"))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=(P("x"), P(), P()))
+    def gradients(query, key, value):
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    key, value = key[:1], value[:1]
+    expected = jax.grad(
+        lambda q, k, v: loss_of(functools.partial(reference.attention, is_causal=True))(q, *(jnp.repeat(x, B, 0) for x in (k, v))),
+        (0, 1, 2),
+    )
+    assert_close(gradients(query, key, value), expected(query, key, value))
 
 
 # --- derivatives beyond the first reverse one

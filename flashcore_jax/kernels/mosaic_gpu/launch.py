@@ -1,8 +1,9 @@
 """The seam to Pallas's Mosaic GPU route: what depends on its API, young and still moving, stands here and in registers.py."""
 
 import jax
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flashcore_jax.sharding import varying_together
 
 _SWIZZLE = 128  # bytes: the widest pattern, for rows of at least so many
 
@@ -26,14 +27,7 @@ def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_typ
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name=name,
     )(*operands)
-    return tuple(_varying_as(operands, x) for x in results)
-
-
-def _varying_as(operands, result):
-    """The result, said to vary over the mesh axes that an operand varies over: what shard_map's checks ask for, and Pallas forgets."""
-    axes = {axis for x in operands for axis in jax.typeof(x).manual_axis_type.varying}
-    missing = tuple(sorted(axes - set(jax.typeof(result).manual_axis_type.varying)))
-    return lax.pcast(result, missing, to="varying") if missing else result
+    return varying_together((operands, tuple(results)))[1]  # what shard_map's checks ask for, and Pallas forgets
 
 
 def shared(shape: tuple[int, ...], dtype):
