@@ -106,11 +106,12 @@ def test_checkpoint(implementation):
 
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("layers", [None, 3])
-def test_a_mesh_of_explicit_axes(implementation, layers, jitted):
-    """What `jax.make_mesh` gives by default: rows and heads shared out, the results and the cache to the bit, laid out as they were."""
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda axis_type: axis_type.name)
+def test_a_mesh(implementation, axis_type, layers, jitted):
+    """Rows and heads shared out: the results and the cache to the bit, laid out as they were."""
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
-    mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
     B, S, K, H = 4, 20, 2, 16
     rng = np.random.default_rng(0)
     query, *new = (jnp.asarray(rng.standard_normal((B, 5, heads, H), np.float32)) for heads in (2 * K, K, K))
@@ -123,15 +124,14 @@ def test_a_mesh_of_explicit_axes(implementation, layers, jitted):
             implementation=implementation, return_lse=True,
         )  # fmt: skip
 
-    def over_mesh(x, *spec):
-        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
-
-    tokens, rows = (*stack, "x", None, "y"), (*stack, "x")
-    sharded = KVCache(*(over_mesh(x, *spec) for x, spec in zip(jax.tree.leaves(cache), (tokens, tokens, rows, rows), strict=True)))
-    got = (jax.jit(step) if jitted else step)(*(over_mesh(x, "x", None, "y") for x in (query, *new)), sharded)
+    tokens, slots, rows = (NamedSharding(mesh, P(*spec)) for spec in (("x", None, "y"), (*stack, "x", None, "y"), (*stack, "x")))
+    sharded = jax.device_put(cache, KVCache(slots, slots, rows, rows))
+    got = (jax.jit(step) if jitted else step)(*jax.device_put((query, *new), tokens), sharded)
     assert_same_bits(got, step(query, *new, cache))
-    assert jax.typeof(got[0]).sharding.spec == P("x", None, "y", None)
-    assert jax.typeof(got[2].key).sharding.spec == P(*tokens, None)
+    for x, sharding in zip(jax.tree.leaves((got[0], got[2])), (tokens, slots, slots, rows, rows), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    if axis_type == AxisType.Explicit:
+        assert jax.typeof(got[0]).sharding.spec == P("x", None, "y", None)
     full = got[2].append(*(x[:, :1] for x in new), layer=None if layers is None else 1, implementation=implementation)
     assert int(full.length.max()) == 6
     with pytest.raises(CacheOverflowError, match=r"rows \[0\]"):  # known without a jit here too

@@ -1,5 +1,6 @@
 """What every shipped tile keeps, measured or not: the numerics' part of it, the GPU's limits on its form, and a reason."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -8,8 +9,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import flashcore_jax
 from flashcore_jax.errors import OptionError
 from flashcore_jax.problem import SPLIT_UNIT, problem_of
 from flashcore_jax.tuning import tile_rows
@@ -70,6 +73,29 @@ def test_the_gpu_in_sight_is_that_of_the_abstract_mesh():
     assert gpu_of("NVIDIA H200").capability == (9, 0)
     assert gpu_of("NVIDIA H100 80GB HBM3").kind == "NVIDIA H100"
     assert gpu_of("NVIDIA RTX 6000", "8.9").capability == (8, 9)
+    assert gpu_of("NVIDIA A10").capability == (8, 6)
+    assert gpu_of("NVIDIA A10G", "8.6").kind == "NVIDIA A10G"  # which JAX does not list
+
+
+class Local:
+    device_kind, compute_capability, platform = "NVIDIA GeForce RTX 3090", "8.6", "gpu"
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_a_gpu_that_is_not_listed_knows_its_own_capability(monkeypatch, on_a_mesh):
+    """On a mesh too, whose abstract device has the kind alone: there it was taken for one that no kernel runs on."""
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: [Local()])
+    abstract = jax.sharding.AbstractDevice(device_kind=Local.device_kind, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    query = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh) if on_a_mesh else contextlib.nullcontext():
+        assert (target_gpu().kind, target_gpu().capability) == (Local.device_kind, (8, 6))
+        monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+        assert flashcore_jax.explain(query, query, query).implementation == "triton"
+        monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+        explanation = flashcore_jax.explain(query, query, query)
+    assert explanation.implementation == "xla"
+    assert "a list of its own" in explanation.reasons["triton"]
 
 
 # --- the user's rows

@@ -1,6 +1,7 @@
 """Which GPU a call traced now will run on, and its limits."""
 
 import dataclasses
+import re
 
 import jax
 
@@ -39,7 +40,7 @@ _KINDS = {
 
 def gpu_of(kind: str, capability: str | None = None) -> Gpu:
     """The GPU of a device kind such as "NVIDIA H200" or "NVIDIA A100-SXM4-80GB"; capability such as "9.0" where known."""
-    known = max((k for k in _KINDS if kind.startswith(k)), key=len, default=None)
+    known = next((k for k in _KINDS if re.match(rf"{k}\b", kind)), None)  # an A10G is no A10
     listed, multiprocessors = _KINDS.get(known, ((0, 0), 64))
     if capability is not None:
         major, minor = map(int, str(capability).split("."))
@@ -56,13 +57,12 @@ def listed_kind(gpu: Gpu) -> str | None:
 
 def target_gpu() -> Gpu | None:
     """The NVIDIA GPU that a call traced now will run on: the abstract mesh's device, else the default device; else None."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        kind = abstract.device_kind
-        return gpu_of(kind) if kind.startswith(("NVIDIA", "Tesla")) else None
     device = jax.config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
-    if device.platform not in ("gpu", "cuda") or not device.device_kind.startswith(("NVIDIA", "Tesla")):
-        return None
-    return gpu_of(device.device_kind, getattr(device, "compute_capability", None))
+    is_gpu, kind = device.platform in ("gpu", "cuda"), device.device_kind
+    capability = getattr(device, "compute_capability", None)
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None and abstract.device_kind != kind:  # that of a mesh of this machine's says less of itself
+        is_gpu, kind, capability = True, abstract.device_kind, None
+    return gpu_of(kind, capability) if is_gpu and kind.startswith(("NVIDIA", "Tesla")) else None

@@ -1,5 +1,7 @@
 """Attention through Pallas's Triton route: what it supports, forward and backward, and the cache's append."""
 
+import jax
+
 from flashcore_jax.kernels.triton.append import append
 from flashcore_jax.kernels.triton.backward import backward as _backward
 from flashcore_jax.kernels.triton.decode import decode as _decode
@@ -7,7 +9,7 @@ from flashcore_jax.kernels.triton.decode import suits as _suits_decode
 from flashcore_jax.kernels.triton.forward import forward as _forward
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows
-from flashcore_jax.tuning.gpus import gpu_of, target_gpu
+from flashcore_jax.tuning.gpus import gpu_of, listed_kind, target_gpu
 from flashcore_jax.tuning.tiles import tiles_for
 
 __all__ = ["append", "backward", "forward", "unsupported"]
@@ -16,8 +18,12 @@ __all__ = ["append", "backward", "forward", "unsupported"]
 def unsupported(problem: Problem | None) -> str | None:
     """Why this implementation cannot run the call on the GPU in sight, or None."""
     gpu = target_gpu()
-    if gpu is not None and gpu.capability < (8, 0):
+    if gpu is None:
+        return None
+    if gpu.capability < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, and {gpu.kind} has {'.'.join(map(str, gpu.capability))}"
+    if (0, 11) <= jax.__version_info__ < (0, 11, 2) and listed_kind(gpu) != gpu.kind:
+        return f"jax {jax.__version__} compiles Pallas's Triton kernels for the GPUs in a list of its own, without {gpu.kind}; jax 0.11.2 for all"
     return None
 
 
