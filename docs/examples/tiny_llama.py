@@ -44,7 +44,7 @@ def rotate(x, positions):
     frequency = 10_000.0 ** (-jnp.arange(0, H, 2) / H)
     angle = positions[..., None, None] * frequency
     a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)], axis=-1)
+    return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
