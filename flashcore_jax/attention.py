@@ -166,8 +166,7 @@ def _attend_bwd(problem: Problem, name: str, residuals, cotangents):
         return *_backward((query, key, value, rows, out, lse, *cotangents), problem, name), None
     # A layer at a time: the backward of a cache is not a loop's hot path, and may take its layer out of the stack.
     layer, row = rows.layer, rows.of_layer()
-    # An overflowed row's NaN depends on nothing: to the backward the row has no queries.
-    row = Rows(jnp.where(row.overflowed, 0, problem.T if row.query_length is None else row.query_length), row.key_length)
+    row = row.without_overflowed(problem.T)
     arrays = (query, of_layer(key, layer), of_layer(value, layer), row, out, lse, *cotangents)
     dquery, *gradients = _backward(arrays, dataclasses.replace(problem, query_lengths=True, cached=False, L=None), name)
     return dquery, *(with_layer(jnp.zeros_like(x), layer, d) for x, d in zip((key, value), gradients, strict=True)), None

@@ -10,6 +10,7 @@ import numpy as np
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 from flashcore_jax.problem import DTYPES, is_int
+from flashcore_jax.rows import int32
 from flashcore_jax.sharding import partitioned, shards_of, varying_together
 
 
@@ -114,9 +115,9 @@ class KVCache:
           ArgumentError: shapes or dtypes that do not fit the cache.
         """
         T = self._check(key, value, query_seq_lengths)
-        layer, count = layer_index(self, layer), rows.int32(query_seq_lengths)
+        layer, count = layer_index(self, layer), int32(query_seq_lengths)
         state = self.length, self.overflowed, count, layer
-        if not any(isinstance(x, jax.core.Tracer) for x in state):
+        if _is_known(*state):
             length, overflowed, known_count, known_layer = jax.device_get(state)
             _, _, overflowed = rows.append_to_layer(length, overflowed, known_count, T, self.capacity, known_layer)
             expected = f"room for up to {T} more tokens in every row of a cache of capacity {self.capacity}"
@@ -140,7 +141,7 @@ class KVCache:
             (jnp.issubdtype(length.dtype, jnp.integer), DtypeError, "length to be an int or an int32 array", length.dtype, "pass int32"),
             (length.shape in ((), shape[-1:], shape), ShapeError, f"length of shape (), [B] = {shape[-1:]}, or that of the cache's {shape}", length.shape, "give one length per row"),
         ])  # fmt: skip
-        length = jnp.maximum(rows.int32(length), 0)
+        length = jnp.broadcast_to(jnp.maximum(int32(length), 0), shape)
         return dataclasses.replace(self, length=jnp.minimum(self.length, length), overflowed=self.overflowed & (length > self.length))
 
     def reset(self, rows=slice(None)) -> "KVCache":
@@ -149,15 +150,17 @@ class KVCache:
         An index is from -B to B - 1. Outside `jit` another one raises `OptionError`; under `jit`, where nothing can, it is ignored.
         """
         if not isinstance(rows, slice):
-            rows = jnp.asarray(rows, jnp.int32 if np.shape(rows) == (0,) else None)  # an empty list says nothing of its dtype
+            rows = rows if isinstance(rows, jax.Array) else np.asarray(rows, np.int32 if np.shape(rows) == (0,) else None)  # as `[]`
             if rows.dtype == bool:  # a traced mask is no index
                 B = self.length.shape[-1]
                 check([(rows.shape == (B,), ShapeError, f"a mask of shape [B] = ({B},)", rows.shape, "give one bool per row")])
-                return self._emptied(rows)
+                return self._emptied(jnp.asarray(rows))
             self._check_indices(rows)
+            rows = int32(rows)
         return self._emptied(jnp.zeros(self.length.shape[-1], bool).at[rows].set(True))
 
     def _emptied(self, mask) -> "KVCache":
+        mask = jnp.broadcast_to(mask, self.length.shape)
         return dataclasses.replace(self, length=jnp.where(mask, 0, self.length), overflowed=self.overflowed & ~mask)
 
     def check(self) -> None:
@@ -170,7 +173,7 @@ class KVCache:
         B = self.length.shape[-1]
         check([(jnp.issubdtype(rows.dtype, jnp.integer), DtypeError, "rows as ints, or as a mask", rows.dtype, "pass int32 or bool")])
         if not isinstance(rows, jax.core.Tracer):
-            rows = np.ravel(rows)
+            rows = np.ravel(rows).astype(object)  # as Python's integers, which no comparison wraps
             missing = rows[(rows < -B) | (rows >= B)].tolist()
             check([(not missing, OptionError, f"rows from {-B} to {B - 1}", missing, "the cache has no such rows")])
 
@@ -202,11 +205,18 @@ def layer_index(cache: KVCache, layer):
     is_number = is_int(layer)
     is_array = hasattr(layer, "dtype") and jnp.issubdtype(layer.dtype, jnp.integer) and layer.shape == ()
     is_one, is_known = is_number or is_array, not isinstance(layer, jax.core.Tracer)
+    if is_one:
+        layer = int(layer) if is_known else int32(layer)
     check([
         (is_one, OptionError, "layer to be an int or an int32 scalar, for a stacked cache", layer, "pass layer="),
         (not (is_one and is_known) or -L <= layer < L, OptionError, f"layer from {-L} to {L - 1}", layer, "the cache has no such layer"),
     ])  # fmt: skip
     return jnp.asarray(layer % L if is_known else layer, jnp.int32).reshape(1)
+
+
+def _is_known(*arrays) -> bool:
+    """Whether one may look at their numbers: none is traced, and what is computed of them is not either (in a trace, everything is)."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays) and not isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def _dtype_name(dtype) -> str:

@@ -18,6 +18,10 @@ class Rows(NamedTuple):
     def of_layer(self) -> "Rows":
         return Rows(self.query_length, *(of_layer(x, self.layer) for x in (self.key_length, self.overflowed)))
 
+    def without_overflowed(self, T: int) -> "Rows":
+        """The rows of one layer's, where those that have overflowed have no queries: their NaN depends on nothing."""
+        return Rows(jnp.where(self.overflowed, 0, T if self.query_length is None else self.query_length), self.key_length)
+
     @property
     def arrays(self) -> list:
         return [x for x in self if x is not None]

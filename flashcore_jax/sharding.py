@@ -57,9 +57,9 @@ def shards_of(tokens, heads: int) -> Shards | None:
     """From the arrays of `tokens`, [B, T, heads, ...] or stacked, that say so, the first ones before the others. Heads are shared out
     where that leaves whole key/value heads, of which there are so many."""
     found = [sharding for sharding in (jax.typeof(x).sharding for x in tokens) if sharding.mesh.explicit_axes]
-    if not found:
+    mesh, specs = found[0].mesh if found else jax.sharding.get_abstract_mesh(), [sharding.spec[-4:] for sharding in found]
+    if not mesh.explicit_axes:
         return None
-    mesh, specs = found[0].mesh, [sharding.spec[-4:] for sharding in found]
     return _shards(mesh, [spec[0] for spec in specs], [spec[2] for spec in specs], 0, heads)
 
 

@@ -109,6 +109,11 @@ def test_reset_refuses_masks_of_another_shape(shape):
         (np.array([0, 99, -1, -99]), OptionError, "got [99, -99]"),
         (jnp.array([99, -B]), OptionError, "got [99]"),
         ([B, 0], OptionError, f"got [{B}]"),
+        (2**31, OptionError, f"got [{2**31}]"),
+        (np.array([2**32]), OptionError, f"got [{2**32}]"),  # in 32 bits it is row 0
+        (np.uint32(2**32 - 1), OptionError, f"got [{2**32 - 1}]"),
+        (None, DtypeError, "got object"),
+        ("a", DtypeError, "rows as ints"),
         (1.0, DtypeError, "rows as ints, or as a mask; got float"),
         (np.array([0.0, 1.0]), DtypeError, "got float"),
     ],
@@ -126,3 +131,26 @@ def test_reset_ignores_traced_rows_that_do_not_exist(rows):
     cache = filled(LENGTHS, overflowed=np.ones((L, B), bool))
     expected = cache if np.ndim(rows) == 0 else cache.reset(1)
     assert_same_bits(jax.jit(KVCache.reset)(cache, rows), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_indices_of_any_integer_type(make, dtype):
+    """Of more rows and layers than int8 counts."""
+    cache = KVCache.create(200, 4, 1, 8, layers=130, dtype=jnp.float32)
+    index, token = make(np.array(1, dtype)), jnp.ones((200, 1, 1, 8))
+    after = cache.append(token, token, layer=index)
+    assert after.length.sum() == 200
+    np.testing.assert_array_equal(after.length[1], 1)
+    assert after.reset(index).length.sum() == 199
+    assert after.reset(index[None]).length[1, 1] == 0
+    traced = jax.jit(lambda layer: cache.append(token, token, layer=layer).length)
+    np.testing.assert_array_equal(traced(index), after.length)
+    if dtype == "uint32":
+        assert traced(make(np.array(2**31, dtype)))[-1].sum() == 200  # clamped, not wrapped
+
+
+@pytest.mark.parametrize("index", [np.int8(-1), jnp.int8(-1)], ids=["numpy", "jax"])
+def test_the_last_layer_of_more_than_its_type_counts(index):
+    cache, token = KVCache.create(1, 4, 1, 8, layers=200, dtype=jnp.float32), jnp.ones((1, 1, 1, 8))
+    assert cache.append(token, token, layer=index).length[-1] == 1

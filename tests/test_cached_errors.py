@@ -50,6 +50,62 @@ def test_overflow_under_jit_is_nan_for_that_row_and_only_it(implementation, T):
     healed[1].check()
 
 
+def test_a_cache_that_is_a_constant_of_the_program(implementation):
+    """A prefix that `jit`, `checkpoint` or a loop closes over: nothing is looked at there, and nothing raises, full rows included."""
+    B, S, K, H = 4, 12, 2, 8
+    key, value = (jnp.asarray(np.random.default_rng(i).standard_normal((B, 4, K, H)), jnp.float32) for i in (1, 2))
+    query, counts = jnp.concatenate([value, key], axis=2), jnp.array([4, 2, 0, 3])
+    cache = KVCache.create(B, S, K, H, dtype=jnp.float32).append(key, value)
+
+    def call(query, cache=cache, layer=None):
+        return attention_with_kv_cache(query, key, value, cache, query_seq_lengths=counts, layer=layer, implementation=implementation)
+
+    expected, after = call(query)
+    got, same = jax.jit(call)(query)
+    chex.assert_trees_all_close(got, expected, atol=1e-6)
+    np.testing.assert_array_equal(same.length, after.length)
+    jax.grad(jax.checkpoint(lambda query: call(query)[0].sum()))(query)
+    chex.assert_trees_all_close(jax.lax.map(lambda query: call(query)[0], query[None])[0], expected, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(lambda key: cache.append(key, value, query_seq_lengths=counts))(key).length, after.length)
+
+    full = dataclasses.replace(cache, length=jnp.array([12, 0, 0, 0]))
+    with pytest.raises(CacheOverflowError):
+        call(query, full)
+    out, over = jax.jit(lambda query: call(query, full))(query)
+    np.testing.assert_array_equal(over.overflowed, [True, False, False, False])
+    assert np.all(np.isnan(out[0]))
+    assert np.all(np.isfinite(out[1:]))
+
+    stack, one = jax.tree.map(lambda x: jnp.stack([x, x]), cache), jnp.int32(1)
+    out, _ = jax.jit(lambda query: call(query, stack, one))(query)
+    chex.assert_trees_all_close(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_nan_of_an_overflowed_row_goes_nowhere(implementation, layers):
+    """As where it comes from a layer before: no gradient of the query, the tokens or the cache has it."""
+    B, S, K, H = 2, 4, 1, 8
+    key, value, query = (
+        jnp.asarray(np.random.default_rng(i).standard_normal((B, 2, K, H)), jnp.float32).at[0].set(jnp.nan) for i in range(3)
+    )
+    cache = KVCache.create(B, S, K, H, layers=layers, dtype=jnp.float32)
+    cache = dataclasses.replace(cache, length=cache.length + jnp.array([4, 2]))
+
+    @jax.jit
+    def gradients(*arrays):
+        def loss(query, key, value, *contents):
+            state = dataclasses.replace(cache, key=contents[0], value=contents[1], length=arrays[-1])
+            out, _ = attention_with_kv_cache(query, key, value, state, layer=layers and 1, implementation=implementation)
+            return jnp.sum(jnp.where(jnp.arange(B)[:, None, None, None] == 1, out, 0.0))
+
+        return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays[:-1])
+
+    found = gradients(query, key, value, cache.key, cache.value, cache.length)
+    chex.assert_tree_all_finite(found)
+    for x in found[:3]:
+        np.testing.assert_array_equal(x[0], 0.0)
+
+
 def test_an_exact_fit_to_the_last_slot(implementation):
     """Without jit: the call that fills a row is right, and the next raises before it writes."""
     lengths, T = [283, 0, 283, 50], 7

@@ -333,6 +333,33 @@ def test_the_gradient_of_what_is_the_same_on_all_devices(monkeypatch):
     assert_close(gradients(query, key, value), expected(query, key, value))
 
 
+def test_arrays_that_are_not_on_the_mesh_in_force(implementation):
+    """Explicit axes, and nothing laid out over them."""
+    mesh, expected = devices(AxisType.Explicit), by(implementation)(*arrays(B), **LENGTHS)
+    with jax.set_mesh(mesh):
+        assert_close(by(implementation)(*arrays(B), **LENGTHS), expected)
+
+
+@pytest.mark.parametrize(
+    "strictly", [lambda: jax.numpy_dtype_promotion("strict"), lambda: jax.numpy_rank_promotion("raise")], ids=["dtypes", "ranks"]
+)
+def test_without_jax_numpys_promotions(implementation, strictly):
+    """As some code bases forbid them."""
+    with strictly():
+        loss = loss_of(by(implementation, local_window_size=(5, 0), logits_soft_cap=3.0))
+        jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays(B), **LENGTHS)
+        query, key, value = (x[:, :9] for x in arrays(B))
+        for layers in (None, 2):
+            cache = flashcore_jax.KVCache.create(B, S, K, H, layers=layers, dtype=jnp.float32)
+            options = {"query_seq_lengths": LENGTHS["query_seq_lengths"], "layer": layers and 1, "implementation": implementation}
+
+            def loss(query, cache, options=options):
+                return flashcore_jax.attention_with_kv_cache(query, key, value, cache, **options)[0].sum()
+
+            jax.jit(jax.grad(loss, (0, 1), allow_int=True)).trace(query, cache)
+            cache.truncate(jnp.arange(B)).reset(0).reset(jnp.arange(B) > 1)
+
+
 # --- derivatives beyond the first reverse one
 
 

@@ -42,7 +42,7 @@ def append(key_cache, value_cache, length, overflowed, key, value, count, layer)
     B, T, S = *key.shape[:2], key_cache.shape[-3]
     start, count, rows = update(length, overflowed, count, T, S, layer)
     token = jnp.arange(T, dtype=jnp.int32)
-    slots = jnp.where(token < count[:, None], start[:, None] + token, S + token)
+    slots = jnp.where(token[None] < count[:, None], start[:, None] + token[None], S + token[None])
     at = (*(() if layer is None else (layer_within(layer[0], key_cache.shape[0]),)), jnp.arange(B)[:, None], slots)
     written = (jnp.asarray(x).at[at].set(new, mode="drop", unique_indices=True) for x, new in ((key_cache, key), (value_cache, value)))
     return *written, *rows
@@ -54,7 +54,7 @@ def attend(query, key, value, rows: Rows, problem: Problem):
     if not p.cached:
         return _attend_rows(query, key, value, rows, p)
     row = rows.of_layer()
-    out, lse = _attend_rows(query, of_layer(key, rows.layer), of_layer(value, rows.layer), row, p)
+    out, lse = _attend_rows(query, of_layer(key, rows.layer), of_layer(value, rows.layer), row.without_overflowed(p.T), p)
     overflowed = row.overflowed[:, None, None]
     return jnp.where(overflowed[..., None], jnp.nan, out), jnp.where(overflowed, jnp.nan, lse)
 
@@ -108,7 +108,7 @@ def _attend(query, key, value, query_length, key_length, problem: Problem):
         return out, lse
 
     out, lse = lax.map(attend_tile, _tiles(query, p))
-    is_query = jnp.arange(p.T) < query_length[:, None]
+    is_query = jnp.arange(p.T)[None] < query_length[:, None]
     out = jnp.where(is_query[:, :, None, None], _untile(out, p).astype(query.dtype), 0)
     lse = jnp.where(is_query[:, :, None], _untile(lse[..., None], p)[..., 0], -jnp.inf)
     return out, lse.swapaxes(1, 2)
@@ -178,7 +178,7 @@ def _visibility(first_query, query_length, key_length, p: Problem):
     def seen(block):
         keys = block * _BLOCK_K + jnp.arange(_BLOCK_K)
         per_row = (query_length[:, None, None], key_length[:, None, None])
-        return visible(queries[:, None], keys[None, :], *per_row, p.band)[:, None, None]
+        return visible(queries[None, :, None], keys[None, None, :], *per_row, p.band)[:, None, None]
 
     return nonempty, seen
 
@@ -197,12 +197,12 @@ def _any_of_every_batch(size, is_batched, x):
 
 def _varying_like(start, *arrays):
     """A loop's start that varies over the mesh axes that the arrays vary over: shard_map checks that a loop keeps them."""
-    zero = sum(0.0 * jnp.isnan(x.ravel()[0]) for x in arrays)
+    zero = sum(0.0 * jnp.isnan(x.ravel()[0]).astype(jnp.float32) for x in arrays)
     return jax.tree.map(lambda x: x + zero, start)
 
 
 def _zero_beyond(x, length):
-    return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[:, :, None, None], x, 0)
+    return jnp.where((jnp.arange(x.shape[1])[None] < length[:, None])[:, :, None, None], x, 0)
 
 
 def _blocks(x):
