@@ -191,7 +191,7 @@ def _both(forward, cached, implementation) -> dict:
     return {name: functools.partial(adapter, implementation=implementation) for name, adapter in (("forward", forward), ("cached", cached))}
 
 
-_TOKAMAX_NOTE = "with two renamed JAX functions put back (benchmarks/peers.py)"
+_TOKAMAX_NOTE = "with two renamed JAX functions put back, and not autotuned here: its own choice of tiles (benchmarks/peers.py)"
 PEERS = {
     peer.name: peer
     for peer in (

@@ -51,12 +51,13 @@ def summary(prefill: Results, decode: Results) -> list[str]:
     lines = []
     for direction in DIRECTIONS:
         if text := mean_sentence(prefill, direction, TITLES[direction]):
-            if lead := prefill.lead(direction, PALLAS_PEERS).values():
-                text += f"; {min(lead):.2f} to {max(lead):.2f} times as fast as {tables.best_of(prefill, PALLAS_PEERS)}"
+            if lead := prefill.lead(direction, PALLAS_PEERS):
+                best = f"{min(lead.values()):.2f} to {max(lead.values()):.2f} times as fast as {tables.best_of(prefill, PALLAS_PEERS)}"
+                text += f"; {best} ({', '.join(lead) if len(lead) < 3 else f'{next(iter(lead))} to {list(lead)[-1]}'})"
             lines.append(f"- {text}.")
     if text := mean_sentence(decode, "fwd", "Decode"):
         fastest = max(r["gbps"] for r in (decode.ok(name, "fwd", OURS) for name in decode.cells) if r)
-        lines.append(f"- {text}; up to {number(fastest)} GB/s of valid keys and values.")
+        lines.append(f"- {text}; up to {number(fastest)} GB/s of valid keys and values. (Attention alone, without the append.)")
     return lines or ["- No cell has both our time and cuDNN's."]
 
 

@@ -114,7 +114,7 @@ class Loop:
     @property
     def forms(self) -> dict[str, str]:
         if self.layers > 1:
-            return {"scan": f"one scan over a stack of {self.layers} layers", "unrolled": f"{self.layers} caches, unrolled"}
+            return {"scan": f"one loop over a stack of {self.layers} layers", "unrolled": f"{self.layers} caches, unrolled"}
         return {"scan": f"one scan of {self.steps} steps", "unrolled": f"{self.steps} calls of one step"}
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
-from flashcore_jax.problem import DTYPES, is_int
+from flashcore_jax.problem import DTYPES, check_head_dims, is_int
 from flashcore_jax.rows import int32
 from flashcore_jax.sharding import partitioned, shards_of, varying_together
 
@@ -72,16 +72,7 @@ class KVCache:
             (is_int(size) and size >= 1, OptionError, f"{name} to be an int >= 1", size, "the sizes are static")
             for name, size in sizes.items()
         )
-        check(
-            (
-                is_int(size) and 8 <= size <= 256 and size % 8 == 0,
-                ShapeError,
-                f"{name} to be a multiple of 8 from 8 to 256",
-                size,
-                "pad it with zeros",
-            )
-            for name, size in (("head_dim", head_dim), ("value_head_dim", value_head_dim))
-        )
+        check_head_dims({"head_dim": head_dim, "value_head_dim": value_head_dim})
         name = _dtype_name(dtype)
         check([(name in DTYPES, DtypeError, f"dtype {', '.join(DTYPES)}", name, "pass one of them")])
         stack = () if layers is None else (layers,)

@@ -106,16 +106,7 @@ def problem_of(
         (min(B, T, S, N, K) >= 1, ShapeError, "no axis of size 0", f"query {tuple(query.shape)}, key {tuple(key.shape)}", "give every row one slot, and lengths of 0"),
         (N % max(K, 1) == 0, ShapeError, f"query heads N to be a multiple of key/value heads K = {K}", f"N = {N}", "every key/value head serves N // K query heads in a row"),
     ])  # fmt: skip
-    check(
-        (
-            8 <= size <= 256 and size % 8 == 0,
-            ShapeError,
-            f"the head dim of {name} to be a multiple of 8 from 8 to 256",
-            size,
-            "pad it with zeros, and pass scale=1/sqrt(unpadded head dim)",
-        )
-        for name, size in (("query and key", H), ("value", Hv))
-    )
+    check_head_dims({"the head dim of query and key": H, "the head dim of value": Hv})
     dtype = str(query.dtype)
     check([
         (dtype in DTYPES, DtypeError, f"query of dtype {', '.join(DTYPES)}", dtype, "cast it"),
@@ -139,7 +130,7 @@ def problem_of(
         (window is None or (sides is not None and len(sides) == 2 and all(is_int(s) and s >= 0 for s in sides)), OptionError, "local_window_size to be None, an int >= 0, or (left, right) of such", window, "left and right count keys beside the query's own position"),
         (scale is None or (_is_real(scale) and (scale == 0 or _LEAST <= abs(scale) <= _MOST)), OptionError, f"scale to be None, 0, or a Python number from {_LEAST} to {_MOST} in size", scale, "multiply query by a traced scale, and pass scale=1.0"),
         (logits_soft_cap is None or (_is_real(logits_soft_cap) and _LEAST <= logits_soft_cap <= _MOST), OptionError, f"logits_soft_cap to be None or a number from {_LEAST} to {_MOST}", logits_soft_cap, "None turns it off"),
-        (split_size is None or (is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each schedule choose"),
+        (split_size is None or (is_int(split_size) and split_size > 0 and split_size % SPLIT_UNIT == 0), OptionError, f"split_size to be None or a positive multiple of {SPLIT_UNIT}", split_size, f"the default is {DEFAULT_SPLIT_SIZE}; None lets each implementation choose"),
     ])  # fmt: skip
     if sides is not None:  # a side that no pair of this call reaches is no bound, and may not fit 32 bits
         sides = tuple(None if side >= T + S else int(side) for side in sides)
@@ -155,6 +146,14 @@ def problem_of(
         cached=cached,
         L=L,
     )  # fmt: skip
+
+
+def check_head_dims(sizes: dict) -> None:
+    remedy = "pad it with zeros, and pass scale=1/sqrt(unpadded head dim)"
+    check(
+        (is_int(size) and 8 <= size <= 256 and size % 8 == 0, ShapeError, f"{name} to be a multiple of 8 from 8 to 256", size, remedy)
+        for name, size in sizes.items()
+    )
 
 
 def _precision(precision, dtype: str) -> str:
