@@ -109,9 +109,10 @@ def test_checkpoint(implementation):
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda axis_type: axis_type.name)
 def test_a_mesh(implementation, axis_type, layers, jitted):
     """Rows and heads shared out: the results and the cache to the bit, laid out as they were."""
-    if jax.device_count() < 4:
-        pytest.skip("needs four devices")
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:4])
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    count = 4 if jax.device_count() >= 4 else 2
+    mesh = jax.make_mesh((2, count // 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:count])
     B, S, K, H = 4, 20, 2, 16
     rng = np.random.default_rng(0)
     query, *new = (jnp.asarray(rng.standard_normal((B, 5, heads, H), np.float32)) for heads in (2 * K, K, K))

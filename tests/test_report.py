@@ -172,7 +172,7 @@ def test_decode_is_rendered(tmp_path):
 
 def test_loops_and_latency_are_rendered(tmp_path):
     text = render(tmp_path, made_up("2026-01-01", "loops"), made_up("2026-01-02", "latency"))
-    assert "| L1: one scan over a stack of 16 layers | 80.0 | 5.0 | 0.800 | 140 | 1.0 (0.02%) | none | 0 |" in text
+    assert "| L1: one loop over a stack of 16 layers | 80.0 | 5.0 | 0.800 | 140 | 1.0 (0.02%) | none | 0 |" in text
     assert "| L2: 64 calls of one step | 100.0 | 1.6 | 1.000 | 160 | 1.0 (0.39%) | 3 copy | 0 |" in text
     assert "| 2048 | 1.00 | 1.00 | 1.00 |" in text
     assert "| 96 | 0.052 | 0.052 | 0.065 |" in text
