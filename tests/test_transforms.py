@@ -266,7 +266,15 @@ def test_rows_of_query_and_heads_of_key_on_one_mesh_axis(implementation, axis_ty
 
 
 @pytest.mark.parametrize(
-    ("implementation", "axis_type"), [("xla", AxisType.Explicit), ("xla", AxisType.Auto), ("triton", AxisType.Auto)], ids=str
+    ("implementation", "axis_type"),
+    [
+        pytest.param(
+            "xla", AxisType.Explicit, marks=pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 reshapes no such array")
+        ),
+        ("xla", AxisType.Auto),
+        ("triton", AxisType.Auto),
+    ],
+    ids=str,
 )
 def test_vmap_over_an_axis_that_is_shared_out(implementation, axis_type):
     """Pallas's interpreter and its Mosaic GPU route do not take such an axis where it is explicit."""
