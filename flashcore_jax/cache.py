@@ -11,7 +11,7 @@ from flashcore_jax import implementations, rows
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, OptionError, ShapeError, Unsupported, check
 from flashcore_jax.problem import DTYPES, check_head_dims, is_int
 from flashcore_jax.rows import int32
-from flashcore_jax.sharding import partitioned, shards_of, varying_together
+from flashcore_jax.sharding import laid_out_as, partitioned, shards_of, varying_together
 
 
 @jax.tree_util.register_dataclass
@@ -115,10 +115,12 @@ class KVCache:
             _raise_if(overflowed, expected, "have none, or have overflowed before")
         name = implementations.choose(implementation, None)
         arrays = (self.key, self.value, self.length, self.overflowed, key, value, count, layer)
-        if shards := shards_of((self.key, key, value), self.key.shape[-2]):
+        # A cache that lies on the mesh keeps its layout, which a loop's carry must; another one takes that of its first tokens.
+        if shards := shards_of((self.key,), self.key.shape[-2]) or shards_of((key, value), self.key.shape[-2]):
             of_cache = (shards.of_tokens(self.layers),) * 2 + (shards.of_rows(self.layers),) * 2
             specs = (*of_cache, *[shards.of_tokens()] * 2, shards.of_rows(), shards.everywhere)
-            return KVCache(*shards.run(_append, (name,), arrays, specs, of_cache))
+            after = shards.run(_append, (name,), arrays, specs, of_cache)
+            return KVCache(*(laid_out_as(old, new) for old, new in zip(arrays, after, strict=False)))
         return KVCache(*_append(name, *arrays))
 
     def truncate(self, length) -> "KVCache":

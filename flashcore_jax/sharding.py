@@ -63,6 +63,12 @@ def shards_of(tokens, heads: int) -> Shards | None:
     return _shards(mesh, [spec[0] for spec in specs], [spec[2] for spec in specs], 0, heads)
 
 
+def laid_out_as(old, new):
+    """new, over the mesh as old is, if old is on one of explicit axes."""
+    sharding = jax.typeof(old).sharding
+    return jax.sharding.reshard(new, sharding) if sharding.mesh.explicit_axes and jax.typeof(new).sharding != sharding else new
+
+
 def _shards(mesh, batch: list, heads: list, rows: int, kv_heads: int) -> Shards:
     """Of the mesh axes that arrays are laid out over, the first for each, as far as that leaves whole rows and key/value heads."""
     batch = next((axes for axes in batch if axes and rows % _devices(mesh, axes) == 0), None)

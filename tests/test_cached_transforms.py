@@ -141,6 +141,37 @@ def test_a_mesh(implementation, axis_type, layers, jitted):
         )
 
 
+@pytest.mark.parametrize("layout", [(), ("x",), (None, "x"), (None, None, "x")], ids=str)
+def test_a_caches_layout_is_kept_in_a_loop(implementation, layout):
+    """As a carry must: tokens that are laid out otherwise, over rows and heads, come to it."""
+    if jax.device_count() < 2:
+        pytest.skip("one device")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    B, S, K, H = 2, 8, 2, 16
+    query, key, value = (jnp.asarray(np.random.default_rng(0).standard_normal((B, 1, heads, H), np.float32)) for heads in (2 * K, K, K))
+
+    @jax.jit
+    def decode(cache, query, key, value):
+        def step(cache, _):
+            out, cache = attention_with_kv_cache(query, key, value, cache, implementation=implementation)
+            return cache, out
+
+        return jax.lax.scan(step, cache, None, length=3)
+
+    with jax.set_mesh(mesh):
+        cache = KVCache.create(B, S, K, H, dtype=jnp.float32)
+        expected = decode(cache, query, key, value)
+        if layout:
+            slots = NamedSharding(mesh, P(*layout))
+            rows = NamedSharding(mesh, P(*layout[:1]))
+            cache = jax.device_put(cache, KVCache(slots, slots, rows, rows))
+        for spec in (P("x"), P(None, None, "x")):
+            over = NamedSharding(mesh, spec)
+            after, out = decode(cache, *jax.device_put((query, key, value), over))
+            assert_close(out, expected[1])
+            np.testing.assert_array_equal(after.key, expected[0].key)
+
+
 def test_shard_map_over_the_batch(implementation):
     """Two devices, each with its rows of the cache: the outputs, the gradients and the cache of the whole."""
     if jax.device_count() < 2:
