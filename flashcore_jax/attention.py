@@ -92,24 +92,25 @@ def attention(
 
 def attend(query, key, value, rows: Rows, problem: Problem, implementation: str | None):
     """`attention` of a checked problem, out and lse. Where the problem is cached, key, value and rows hold the cache's arrays."""
+    arrays = query, key, value, *rows
     if shards := shards_of((query, key, value), problem.K):
-        of_query, of_keys, of_cache = shards.of_tokens(), shards.of_tokens(problem.L), shards.of_rows(problem.L)
-        specs = (of_query, of_keys, of_keys, shards.of_rows(), of_cache, of_cache, shards.everywhere)
-        return shards.run(_attend_part, (problem, implementation), (query, key, value, *rows), specs, (of_query, of_query))
-    return _attend_here(query, key, value, rows, problem, implementation)
+        return shards.run(_attend_here, (problem, implementation), arrays, _axes(problem), ("btnv", "btn"))
+    return _attend_here(problem, implementation, *arrays)
 
 
-def _attend_part(problem: Problem, implementation: str | None, query, key, value, *rows):
-    problem = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
-    return _attend_here(query, key, value, Rows(*rows), problem, implementation)
-
-
-def _attend_here(query, key, value, rows: Rows, problem: Problem, implementation: str | None):
-    query, key, value, rows = varying_together((query, key, value, rows))
+def _attend_here(problem: Problem, implementation: str | None, *arrays):
+    query, key, value, *rows = varying_together(arrays)
+    problem = problem.of_part(query, key)
     name = implementations.choose(implementation, problem)
     run = getattr(implementations.module(name), "attend", None) or functools.partial(_attend_with_kernels, name)
-    out, lse = run(query, key, value, rows, problem)
+    out, lse = run(query, key, value, Rows(*rows), problem)
     return out, lse.swapaxes(1, 2)
+
+
+def _axes(problem: Problem) -> tuple[str, ...]:
+    """Of query, key, value and the fields of `Rows`, in the letters of `sharding`."""
+    layers = "" if problem.L is None else "l"
+    return "btnh", f"{layers}bskh", f"{layers}bskv", "b", f"{layers}b", f"{layers}b", "o"
 
 
 def explain(
@@ -186,16 +187,12 @@ def _kernel_step(step: str, results):
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def on_a_part(arrays, problem, name):
-        query, key, *_ = arrays
-        problem = dataclasses.replace(problem, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
-        return getattr(implementations.module(name), step)(*arrays, problem)
+        return getattr(implementations.module(name), step)(*arrays, problem.of_part(*arrays[:2]))
 
     def axes(arrays, problem, name):
-        layers = "" if problem.L is None else "l"
-        of_rows = Rows("b", *[layers + "b"] * 2, "o")
+        of_query, of_key, of_value, *of_rows = _axes(problem)
         rows = Rows(*(letters if x is not None else None for letters, x in zip(of_rows, arrays[3], strict=True)))
-        of_arrays = "btnh", f"{layers}bskh", f"{layers}bskv", rows, "btnv", "bnt", "btnv", "bnt"
-        return of_arrays[: len(arrays)], results
+        return (of_query, of_key, of_value, rows, "btnv", "bnt", "btnv", "bnt")[: len(arrays)], results
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
     @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -117,9 +117,7 @@ class KVCache:
         arrays = (self.key, self.value, self.length, self.overflowed, key, value, count, layer)
         # A cache that lies on the mesh keeps its layout, which a loop's carry must; another one takes that of its first tokens.
         if shards := shards_of((self.key,), self.key.shape[-2]) or shards_of((key, value), self.key.shape[-2]):
-            of_cache = (shards.of_tokens(self.layers),) * 2 + (shards.of_rows(self.layers),) * 2
-            specs = (*of_cache, *[shards.of_tokens()] * 2, shards.of_rows(), shards.everywhere)
-            after = shards.run(_append, (name,), arrays, specs, of_cache)
+            after = shards.run(_append, (name,), arrays, *_axes(arrays, name))
             return KVCache(*(laid_out_as(old, new) for old, new in zip(arrays, after, strict=False)))
         return KVCache(*_append(name, *arrays))
 

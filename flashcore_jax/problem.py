@@ -56,6 +56,10 @@ class Problem:
     def G(self) -> int:
         return self.N // self.K
 
+    def of_part(self, query, key) -> "Problem":
+        """The same of some of the rows and heads, those of these arrays."""
+        return dataclasses.replace(self, B=query.shape[0], N=query.shape[2], K=key.shape[-2])
+
 
 def problem_of(
     query,

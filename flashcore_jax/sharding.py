@@ -8,7 +8,6 @@ of a call. On automatic axes XLA decides that when it compiles: `partitioned` te
 import dataclasses
 import functools
 import math
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -24,24 +23,15 @@ class Shards:
     batch: object
     heads: object
 
-    everywhere: ClassVar = PartitionSpec()
-
     def spec(self, axes: str) -> PartitionSpec:
         """Of an array with these axes, one letter each: b is the batch, n are query heads, k key/value heads."""
         return PartitionSpec(*({"b": self.batch, "n": self.heads, "k": self.heads}.get(axis) for axis in axes))
 
-    def of_rows(self, layers: int | None = None) -> PartitionSpec:
-        """[B]; with layers [L, B]."""
-        return PartitionSpec(*[None] * (layers is not None), self.batch)
-
-    def of_tokens(self, layers: int | None = None) -> PartitionSpec:
-        """[B, T, heads, ...] and [B, T, N]; with layers [L, B, S, K, H]."""
-        return PartitionSpec(*[None] * (layers is not None), self.batch, None, self.heads)
-
-    def run(self, function, static: tuple, arrays, specs, out_specs):
-        """function(*static, *arrays), by every device on its part of the arrays; one of them may be None. The rest is hashable."""
-        specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
-        return _by_everyone(function, static, self.mesh, specs, out_specs, *arrays)
+    def run(self, function, static: tuple, arrays, of_arrays, of_results):
+        """function(*static, *arrays), by every device on its part of the arrays, whose axes are given as strings; one of them may be
+        None. The rest is hashable."""
+        specs = tuple(None if x is None else self.spec(axes) for x, axes in zip(arrays, of_arrays, strict=True))
+        return _by_everyone(function, static, self.mesh, specs, tuple(map(self.spec, of_results)), *arrays)
 
 
 # Jitted, because only there can arrays that are on no mesh yet be laid out over this one.
