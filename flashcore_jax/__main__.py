@@ -178,8 +178,8 @@ def equality(dtypes) -> bool:
             exact = np.array_equal(decoded, prefill)
             must_be = promises_bits(workload)
             right &= exact or not must_be
-            verdict = f"within {ulps_apart(decoded, prefill, dtype):.2g} ulps ({'WRONG' if must_be else 'equal bits are for GPUs'})"
-            verdict = "bit for bit" if exact else verdict
+            beside = "WRONG" if must_be else "equal bits are for GPUs, in 16 bits"
+            verdict = "bit for bit" if exact else f"within {ulps_apart(decoded, prefill, dtype):.2g} ulps ({beside})"
         print(f"prefill == decode, {dtype}: {verdict}; {len(ends)} lengths from 1 to {n}, split_size {split_size}", flush=True)
     return right
 

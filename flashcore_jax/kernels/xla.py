@@ -20,6 +20,7 @@ from flashcore_jax.masks import visible, visible_blocks
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import RESIDUAL_NAMES, Problem
 from flashcore_jax.rows import Rows, layer_within, of_layer, update
+from flashcore_jax.sharding import varying_together
 
 # Large enough that a CPU's matrix product is busy, small enough that a block's scores stay in its cache.
 _BLOCK_Q, _BLOCK_K = 128, 128
@@ -94,7 +95,8 @@ def _attend(query, key, value, query_length, key_length, problem: Problem):
             return lax.cond(nonempty(block), update, lambda partial: partial, partial), None
 
         rows = (p.B, p.K, p.G, q.shape[1]), (p.Hv,)
-        empty, nothing = (_varying_like(make(*rows), q, key, value) for make in (online_softmax.start, online_softmax.nothing))
+        # A loop keeps what it varies over: from the start what its arrays do.
+        empty, nothing = varying_together(((online_softmax.start(*rows), online_softmax.nothing(*rows)), q, key, value))[0]
 
         def close(total, blocks):
             return online_softmax.merge(total, online_softmax.close(lax.scan(visit, empty, blocks)[0])), None
@@ -157,7 +159,7 @@ def _tangent(query, key, value, out, lse, dquery, dkey, dvalue, query_length, ke
 
         rows = (p.B, p.K, p.G, q.shape[1])
         zeros = jnp.zeros((*rows, p.Hv), jnp.float32), jnp.zeros(rows, jnp.float32)
-        return lax.scan(visit, _varying_like(zeros, q, key, value), jnp.arange(key.shape[0]))[0]
+        return lax.scan(visit, varying_together((zeros, q, key, value))[0], jnp.arange(key.shape[0]))[0]
 
     acc, row_sum = lax.map(tile_tangent, (_tiles(query, p), _tiles(dquery, p), _tiles(lse, p)))
     row_sum = _untile(row_sum[..., None], p)
@@ -193,12 +195,6 @@ def _any(x):
 @_any.def_vmap
 def _any_of_every_batch(size, is_batched, x):
     return _any(x), False
-
-
-def _varying_like(start, *arrays):
-    """A loop's start that varies over the mesh axes that the arrays vary over: shard_map checks that a loop keeps them."""
-    zero = sum(0.0 * jnp.isnan(x.ravel()[0]).astype(jnp.float32) for x in arrays)
-    return jax.tree.map(lambda x: x + zero, start)
 
 
 def _zero_beyond(x, length):
