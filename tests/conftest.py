@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Workers that are done take tests over from others: tests differ a hundredfold in time, and dealt out beforehand one worker ends last."""
+    """Workers that are done take tests over from others, since tests differ much in time."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
@@ -68,3 +68,16 @@ def on_hopper() -> bool:
 def implementation(request) -> str:
     """Every implementation by name: `triton` is compiled where there is a GPU, and interpreted elsewhere."""
     return request.param
+
+
+@pytest.fixture
+def mesh_of():
+    """A mesh with axes "x" and "y" of one type, two devices by two or by one."""
+
+    def mesh(axis_type):
+        if jax.device_count() < 2:
+            pytest.skip("one device")
+        count = 4 if jax.device_count() >= 4 else 2
+        return jax.make_mesh((2, count // 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:count])
+
+    return mesh

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_helpers import array, assert_holds, attend, forward_errors, options_of, split_at, tail, trace
+from derivatives import assert_close
 
 from flashcore_jax import ArgumentError, CacheOverflowError, DtypeError, KVCache, OptionError, ShapeError, attention_with_kv_cache
 from flashcore_jax.testing import oracle
@@ -62,10 +63,10 @@ def test_a_cache_that_is_a_constant_of_the_program(implementation):
 
     expected, after = call(query)
     got, same = jax.jit(call)(query)
-    chex.assert_trees_all_close(got, expected, atol=1e-6)
+    assert_close(got, expected)
     np.testing.assert_array_equal(same.length, after.length)
     jax.grad(jax.checkpoint(lambda query: call(query)[0].sum()))(query)
-    chex.assert_trees_all_close(jax.lax.map(lambda query: call(query)[0], query[None])[0], expected, atol=1e-6)
+    assert_close(jax.lax.map(lambda query: call(query)[0], query[None])[0], expected)
     np.testing.assert_array_equal(jax.jit(lambda key: cache.append(key, value, query_seq_lengths=counts))(key).length, after.length)
 
     full = dataclasses.replace(cache, length=jnp.array([12, 0, 0, 0]))
@@ -78,7 +79,7 @@ def test_a_cache_that_is_a_constant_of_the_program(implementation):
 
     stack, one = jax.tree.map(lambda x: jnp.stack([x, x]), cache), jnp.int32(1)
     out, _ = jax.jit(lambda query: call(query, stack, one))(query)
-    chex.assert_trees_all_close(out, expected, atol=1e-6)
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("layers", [None, 2])

@@ -107,12 +107,9 @@ def test_checkpoint(implementation):
 @pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("layers", [None, 3])
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda axis_type: axis_type.name)
-def test_a_mesh(implementation, axis_type, layers, jitted):
+def test_a_mesh(mesh_of, implementation, axis_type, layers, jitted):
     """Rows and heads shared out: the results and the cache to the bit, laid out as they were."""
-    if jax.device_count() < 2:
-        pytest.skip("one device")
-    count = 4 if jax.device_count() >= 4 else 2
-    mesh = jax.make_mesh((2, count // 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:count])
+    mesh = mesh_of(axis_type)
     B, S, K, H = 4, 20, 2, 16
     rng = np.random.default_rng(0)
     query, *new = (jnp.asarray(rng.standard_normal((B, 5, heads, H), np.float32)) for heads in (2 * K, K, K))
@@ -142,11 +139,9 @@ def test_a_mesh(implementation, axis_type, layers, jitted):
 
 
 @pytest.mark.parametrize("layout", [(), ("x",), (None, "x"), (None, None, "x")], ids=str)
-def test_a_caches_layout_is_kept_in_a_loop(implementation, layout):
+def test_a_caches_layout_is_kept_in_a_loop(mesh_of, implementation, layout):
     """As a carry must: tokens that are laid out otherwise, over rows and heads, come to it."""
-    if jax.device_count() < 2:
-        pytest.skip("one device")
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    mesh = mesh_of(AxisType.Explicit)
     B, S, K, H = 2, 8, 2, 16
     query, key, value = (jnp.asarray(np.random.default_rng(0).standard_normal((B, 1, heads, H), np.float32)) for heads in (2 * K, K, K))
 

@@ -215,23 +215,15 @@ def test_shard_map(implementation, over):
     assert_close(gradients(*sharded, *LENGTHS.values()), expected_gradients())
 
 
-def devices(axis_type):
-    """Two by two, or just two."""
-    if jax.device_count() < 2:
-        pytest.skip("one device")
-    count = 4 if jax.device_count() >= 4 else 2
-    return jax.make_mesh((2, count // 2), ("x", "y"), axis_types=(axis_type,) * 2, devices=jax.devices()[:count])
-
-
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=lambda axis_type: axis_type.name)
 SPECS = (P(), P("x"), P("x", None, "y"), P(("x", "y")), P(None, "x"), P(None, None, ("x", "y")))
 
 
 @pytest.mark.parametrize(("spec", "jitted"), [*((spec, True) for spec in SPECS), (P("x", None, "y"), False)], ids=str)
 @AXIS_TYPES
-def test_a_mesh(implementation, axis_type, spec, jitted):
+def test_a_mesh(mesh_of, implementation, axis_type, spec, jitted):
     """Explicit axes are what `jax.make_mesh` gives by default, automatic ones what most models have."""
-    mesh = devices(axis_type)
+    mesh = mesh_of(axis_type)
     sharding = NamedSharding(mesh, spec)
     # Rows and whole key/value heads, of which there are two, stay where they are; others are gathered.
     whole = spec != P(None, "x") and (spec != P(None, None, ("x", "y")) or mesh.size == 2)
@@ -255,9 +247,9 @@ def test_a_mesh(implementation, axis_type, spec, jitted):
 
 
 @AXIS_TYPES
-def test_rows_of_query_and_heads_of_key_on_one_mesh_axis(implementation, axis_type):
+def test_rows_of_query_and_heads_of_key_on_one_mesh_axis(mesh_of, implementation, axis_type):
     """Only one of them can stay."""
-    mesh = devices(axis_type)
+    mesh = mesh_of(axis_type)
     query, key, value = arrays(B)
     laid_out = (
         jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((query, P("x")), (key, P(None, None, "x")), (value, P("y", None, "x")))
@@ -276,9 +268,9 @@ def test_rows_of_query_and_heads_of_key_on_one_mesh_axis(implementation, axis_ty
     ],
     ids=str,
 )
-def test_vmap_over_an_axis_that_is_shared_out(implementation, axis_type):
+def test_vmap_over_an_axis_that_is_shared_out(mesh_of, implementation, axis_type):
     """Pallas's interpreter and its Mosaic GPU route do not take such an axis where it is explicit."""
-    mesh = devices(axis_type)
+    mesh = mesh_of(axis_type)
     several = arrays(2, B)
     with jax.set_mesh(mesh):
         got = jax.jit(jax.vmap(by(implementation)))(*(jax.device_put(x, NamedSharding(mesh, P("x"))) for x in several))
@@ -315,9 +307,9 @@ def test_only_some_arrays_vary_over_a_shard_map(implementation, varying):
         traced_in_a_shard_map(attend, specs, same, *array)
 
 
-def test_the_gradient_of_what_is_the_same_on_all_devices(monkeypatch):
+def test_the_gradient_of_what_is_the_same_on_all_devices(mesh_of, monkeypatch):
     """Is the sum over them. shard_map's checks do not take Pallas's interpreter: the reference stands in for the kernels."""
-    mesh = devices(AxisType.Auto)
+    mesh = mesh_of(AxisType.Auto)
 
     def forward(query, key, value, rows, problem):
         out, lse = reference.attention(query, key, value, is_causal=True, return_lse=True)
@@ -343,9 +335,9 @@ def test_the_gradient_of_what_is_the_same_on_all_devices(monkeypatch):
     assert_close(gradients(query, key, value), expected(query, key, value))
 
 
-def test_arrays_that_are_not_on_the_mesh_in_force(implementation):
+def test_arrays_that_are_not_on_the_mesh_in_force(mesh_of, implementation):
     """Explicit axes, and nothing laid out over them."""
-    mesh, expected = devices(AxisType.Explicit), by(implementation)(*arrays(B), **LENGTHS)
+    mesh, expected = mesh_of(AxisType.Explicit), by(implementation)(*arrays(B), **LENGTHS)
     with jax.set_mesh(mesh):
         assert_close(by(implementation)(*arrays(B), **LENGTHS), expected)
 
