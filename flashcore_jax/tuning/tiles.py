@@ -61,12 +61,13 @@ def _heuristic(gpu: Gpu, bits: int, bucket: int) -> dict[str, Tile]:
     """Tiles nobody has measured on this GPU: the largest that its shared memory and registers hold, as its compiler says."""
     roomy = gpu.shared_memory >= 160 * 1024
     if bits == 32:
+        if bucket == 256:
+            reason = "3xTF32: by count of instructions for each pair of a query and a key (docs/tuning.md), and not timed"
+            tile = Tile(16, 32, 4, 1, reason=reason, spills=_SPLIT_OPERANDS)
+            # dkdv's two accumulators of 32 keys would not fit.
+            return dict.fromkeys(KERNELS, tile) | {"dkdv": dataclasses.replace(tile, block_q=32 if roomy else 16, block_k=16)}
         reason = "3xTF32 holds operands twice over: the largest tile whose halves fit the registers and 99 KiB of shared memory"
-        tile = Tile(*{64: (32, 32, 4), 128: (32, 32, 8), 256: (16, 32, 4)}[bucket], 1, reason=reason, spills=_SPLIT_OPERANDS)
-        tiles = dict.fromkeys(KERNELS, tile)
-        if bucket == 256:  # two accumulators of 32 keys would not fit
-            tiles["dkdv"] = dataclasses.replace(tile, block_q=32 if roomy else 16, block_k=16)
-        return tiles
+        return dict.fromkeys(KERNELS, Tile(32, 32, {64: 4, 128: 8}[bucket], 1, reason=reason, spills=_SPLIT_OPERANDS))
     if bucket == 64:
         tile = Tile(
             64,
