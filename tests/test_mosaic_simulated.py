@@ -1,0 +1,132 @@
+"""The Hopper kernels without a GPU: their own source, run by `hopper_simulator`, against float64."""
+
+import dataclasses
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashcore_jax import KVCache
+from flashcore_jax.problem import problem_of
+from flashcore_jax.rows import Rows, int32
+from flashcore_jax.testing import Oracle, Results, Workload, assert_right, inputs, oracle
+from flashcore_jax.tuning.gpus import gpu_of
+
+pytestmark = [pytest.mark.mosaic, pytest.mark.host]
+GPU = dataclasses.replace(gpu_of("NVIDIA H200"), multiprocessors=2)  # so that a program has several tiles
+ORDERS = ("fetching first", "fetching last", "at random")
+
+
+def workload(T, S, N=2, K=1, H=64, dtype="bfloat16", B=1, Hv=None, **options) -> Workload:
+    return Workload("simulated", B, T, S, N, K, H, Hv or H, dtype, **options)
+
+
+_LENGTHS = {"B": 4, "query_seq_lengths": (200, 0, 77, 1), "key_value_seq_lengths": (264, 136, 65, 0)}
+_EVERYTHING = {"is_causal": True, "split_size": 128, "local_window_size": (100, 40), "logits_soft_cap": 5.0}
+CALLS = {
+    "causal": workload(264, 264, 4, 2, is_causal=True),
+    "full, head dim 128": workload(200, 264, H=128),
+    "a multiple of every tile": workload(384, 256, 1, 1),
+    "136 queries, float16": workload(136, 128, H=128, dtype="float16", is_causal=True),
+    "more queries than keys, causal": workload(328, 136, is_causal=True),
+    "more keys than queries, causal, splits": workload(136, 456, 4, 1, is_causal=True, split_size=128),
+    "splits, head dim 128": workload(200, 520, H=128, split_size=256),
+    "window (50, 0)": workload(264, 264, is_causal=True, local_window_size=(50, 0)),
+    "window (80, 20), splits": workload(264, 328, local_window_size=(80, 20), split_size=128),
+    "window (0, 150), more queries than keys": workload(328, 200, local_window_size=(0, 150)),
+    "scale below 0": workload(136, 136, scale=-0.2),
+    "lengths": workload(200, 264, **_LENGTHS),
+    "lengths, causal, splits, head dim 128": workload(200, 264, H=128, is_causal=True, split_size=128, **_LENGTHS),
+    "everything": workload(200, 264, 4, 2, **_EVERYTHING, **_LENGTHS),
+    "everything but lengths": workload(200, 264, 4, 2, **_EVERYTHING),
+    "head dims 64 and 128, splits": workload(136, 264, H=64, Hv=128, is_causal=True, split_size=128),
+    "head dims 128 and 64": workload(136, 264, H=128, Hv=64, is_causal=True),
+    "head dim 256, splits": workload(136, 328, 4, 2, 256, is_causal=True, split_size=128),
+    "head dim 256, everything": workload(200, 264, H=256, **_EVERYTHING, **_LENGTHS),
+    "head dim 256, everything but lengths": workload(200, 264, H=256, **_EVERYTHING),
+}
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """(forward, backward) of the kernels, by the order in which warpgroups run."""
+    import hopper_simulator
+
+    from flashcore_jax.kernels.mosaic_gpu import backward, forward
+
+    def run(order: str):
+        hopper_simulator.install(monkeypatch, hopper_simulator.ORDERS[order]())
+        return forward.forward, backward.backward
+
+    return run
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", CALLS)
+def test_output_log_sum_exp_and_gradients(simulated, name, order):
+    from flashcore_jax.kernels.mosaic_gpu.backward import unsupported
+
+    w = CALLS[name]
+    arrays = beyond_the_lengths(inputs(w), w, np.nan)
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
+    forward, backward = simulated(order)
+    out, lse = forward(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, GPU)
+    exact = oracle(arrays, **w.options)
+    if unsupported(problem):
+        gradients = without_gradients(exact)
+    else:
+        gradients = backward(*arrays[:3], out, lse, arrays.out_cotangent, arrays.lse_cotangent.swapaxes(1, 2), problem, GPU)
+    assert_right(Results(out, lse.swapaxes(1, 2), *gradients), exact)
+
+
+def without_gradients(exact: Oracle):
+    """What stands for them where they are not asked for."""
+    return [jnp.asarray(x, jnp.bfloat16) for x in exact.exact[2:]]
+
+
+def beyond_the_lengths(arrays, w: Workload, fill):
+    """The arrays with `fill` where no valid query or key is."""
+
+    def filled(x, lengths):
+        if lengths is None:
+            return x
+        return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None]).reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, fill)
+
+    of_queries, of_keys = w.lengths.values()
+    return type(arrays)(*map(filled, arrays, (of_queries, of_keys, of_keys, of_queries, of_queries)))
+
+
+def test_rows_of_two_tiles_have_the_same_bits(simulated):
+    """The last 128 of 328 queries, alone: other tiles, other warpgroups, the same keys in the same blocks and splits."""
+    w = workload(328, 328, is_causal=True, split_size=128, local_window_size=(200, 0))
+    query, key, value = inputs(w)[:3]
+    forward, _ = simulated("fetching first")
+
+    def last(T: int):
+        x = query[:, -T:]
+        problem = problem_of(x, key, value, is_causal=True, split_size=128, local_window_size=(200, 0))
+        out, lse = forward(x, key, value, Rows(), problem, GPU)
+        return out[:, -128:], lse[:, :, -128:]
+
+    chex.assert_trees_all_equal(last(128), last(328))
+
+
+def test_a_chunk_on_a_stacked_cache(simulated):
+    """A layer among others that are poisoned, rows of other fill, one that has overflowed."""
+    w = workload(136, 264, B=3, is_causal=True, key_value_seq_lengths=(264, 200, 140))
+    arrays = beyond_the_lengths(inputs(w), w, np.nan)
+    layer, empty = 1, KVCache.create(w.B, w.S, w.K, w.H, layers=3)
+    keys, values = (jnp.full_like(x, jnp.nan).at[layer].set(new) for x, new in zip((empty.key, empty.value), arrays[1:3], strict=True))
+    rows = Rows(
+        key_length=jnp.zeros_like(empty.length).at[layer].set(jnp.array(w.key_value_seq_lengths)),
+        overflowed=~empty.overflowed.at[layer, :2].set(True),
+        layer=jnp.array([layer]),
+    )
+    forward, _ = simulated("at random")
+    out, lse = forward(arrays.query, keys, values, rows, problem_of(arrays.query, keys, values, is_causal=True, cached=True), GPU)
+    assert np.isnan(out[2]).all()
+    assert np.isnan(lse[2]).all()
+    exact = oracle(arrays, **w.options)
+    exact = Oracle(*(Results(*(x[:2] for x in part)) for part in exact))
+    assert_right(Results(out[:2], lse[:2].swapaxes(1, 2), *without_gradients(exact)), exact)
