@@ -22,13 +22,14 @@ def part(cell: Cell, query, key, value, d_out):
     return query[-1, :, -G:], key[-1, :, -1], value[-1, :, -1], d_out[-1, :, -G:]
 
 
-def attention(cell: Cell, query, key, value, d_out):
-    """(out, sum_j p_j |v_j|, dq, dk, dv) in float64, of `part`. Call and jit it under `jax.enable_x64(True)`."""
+def attention(cell: Cell, query, key, value, d_out, lengths=None):
+    """(out, sum_j p_j |v_j|, dq, dk, dv) in float64, of `part`: 0 beyond the row's length. Call and jit it under `jax.enable_x64(True)`."""
     q, k, v, do = (x.astype(jnp.float64) for x in part(cell, query, key, value, d_out))
     T, G, H = q.shape
     chunk = min(_CHUNK, T)
     assert T % chunk == 0, f"T = {T} is not a multiple of {chunk}"
     j = jnp.arange(T)
+    length = T if lengths is None else lengths[-1]
 
     def visit(sums, rows):
         i, q, do = rows
@@ -36,8 +37,9 @@ def attention(cell: Cell, query, key, value, d_out):
         seen = (far >= 0) if cell.is_causal else jnp.ones_like(far, bool)
         if cell.window is not None:
             seen &= far <= cell.window
+        seen &= j < length
         scores = jnp.where(seen[:, None, :], jnp.einsum("tgh,sh->tgs", q, k) * cell.scale, -jnp.inf)
-        p = jax.nn.softmax(scores, axis=-1)
+        p = jnp.where((i < length)[:, None, None], jax.nn.softmax(scores, axis=-1), 0.0)
         dp = jnp.einsum("tgh,sh->tgs", do, v)
         ds = p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)) * cell.scale
         dk, dv = sums
@@ -81,7 +83,7 @@ def errors(cell: Cell, results, exact) -> dict[str, float]:
         parts = ((results[0][row, :, head * G : (head + 1) * G], *truth) for (row, head), truth in exact.items())
         return {"out": float(np.max([_output_error(cell, *part) for part in parts]))}
     exact_out, weight, *_ = exact
-    (got, _), *_ = _checked_part(cell, results, (exact_out,))
+    (got, exact_out), (_, weight) = _checked_part(cell, (results[0], results[0]), (exact_out, weight))
     gradients = {name: error / GRADIENT_GATE[cell.dtype] for name, error in relative(cell, results, exact).items() if name != "out"}
     return {"out": float(_output_error(cell, got, exact_out, weight))} | gradients
 
@@ -96,10 +98,10 @@ def relative(cell: Cell, results, exact) -> dict[str, float]:
 
 
 def _checked_part(cell: Cell, results, truths):
-    """(result, truth) of what is checked, in float64."""
-    G = cell.N // cell.K
+    """(result, truth) of what is checked, in float64: of valid rows, for what stands beyond them the libraries promise different things."""
+    G, length = cell.N // cell.K, cell.lengths[-1]
     for x, heads, e in zip(results, (G, G, 1, 1), truths, strict=False):
-        yield np.asarray(x[-1, :, -heads:], np.float64).reshape(e.shape), e
+        yield np.asarray(x[-1, :, -heads:], np.float64).reshape(e.shape)[:length], e[:length]
 
 
 def _output_error(cell: Cell, got, exact, weight):

@@ -1,6 +1,6 @@
 """The contenders. An adapter computes exactly what the cell says, or declines with the reason; it never runs something else.
 
-`Peer.forward(cell)` gives a jittable `f(query, key, value) -> out`; `Peer.cached(cell)`, for the cells with a cache, a jittable
+`Peer.forward(cell)` gives a jittable `f(query, key, value) -> out`, for a padded cell `f(query, key, value, lengths)`; `Peer.cached(cell)`, for the cells with a cache, a jittable
 `f(query, key, value, query_lengths, key_lengths) -> out`, both lengths int32[B]. Where a library needs its inputs in another
 form, `Peer.prepare` makes it once, outside the timed call, and `Peer.note` says so beside the numbers.
 """
@@ -43,7 +43,7 @@ class Peer:
 
     def program(self, cell: Cell, direction: str) -> Callable:
         """fwd: f(q, k, v) -> out, with a cache f(q, k, v, query_lengths, key_lengths) -> out. fwd+bwd: f(q, k, v, d_out)
-        -> (out, dq, dk, dv), to be jitted as one function."""
+        -> (out, dq, dk, dv), to be jitted as one function. Padded, both take the rows' lengths as well, at the end."""
         if self.gpu_only and jax.default_backend() != "gpu":
             raise Declined("needs an NVIDIA GPU")
         if direction != "fwd" and self.no_backward:
@@ -55,8 +55,8 @@ class Peer:
         if direction == "fwd":
             return forward
 
-        def forward_and_backward(query, key, value, d_out):
-            out, pullback = jax.vjp(forward, query, key, value)
+        def forward_and_backward(query, key, value, d_out, *lengths):
+            out, pullback = jax.vjp(lambda *arrays: forward(*arrays, *lengths), query, key, value)
             return out, *pullback(d_out)
 
         return forward_and_backward
@@ -65,7 +65,19 @@ class Peer:
 def _flashcore(cell, **choice):
     import flashcore_jax
 
-    return functools.partial(flashcore_jax.attention, **cell.options, **choice)
+    return _padded(cell, functools.partial(flashcore_jax.attention, **cell.options, **choice))
+
+
+def _padded(cell, attend):
+    """With the lengths of a padded cell's rows, of queries and keys."""
+    if not cell.padded:
+        return attend
+    return lambda query, key, value, lengths: attend(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+
+
+def _decline_padded(cell):
+    if cell.padded:
+        raise Declined("no lengths of rows")
 
 
 def _flashcore_cached(cell, **choice):
@@ -92,7 +104,7 @@ def _causal_mask(cell, key_lengths):
 def _jax_nn(cell, implementation):
     if implementation == "xla":
         _decline_large_logits(cell)
-    return functools.partial(jax.nn.dot_product_attention, **cell.options, implementation=implementation)
+    return _padded(cell, functools.partial(jax.nn.dot_product_attention, **cell.options, implementation=implementation))
 
 
 def _jax_nn_cached(cell, implementation):
@@ -116,6 +128,7 @@ def _decline_large_logits(cell):
 
 
 def _pallas_ops_triton(cell):
+    _decline_padded(cell)
     if cell.N != cell.K:
         raise Declined("grouped heads: reads the wrong K/V heads without saying so")
     if cell.window is not None:
@@ -128,6 +141,7 @@ def _pallas_ops_triton(cell):
 
 
 def _pallas_ops_mosaic(cell):
+    _decline_padded(cell)
     if cell.window is not None:
         raise Declined("no local window")
     from jax.experimental.pallas.ops.gpu import attention_mgpu as mgpu
@@ -177,7 +191,7 @@ def _tokamax():
 
 
 def _tokamax_attention(cell, implementation):
-    return functools.partial(_tokamax().dot_product_attention, **cell.options, implementation=implementation)
+    return _padded(cell, functools.partial(_tokamax().dot_product_attention, **cell.options, implementation=implementation))
 
 
 def _tokamax_cached(cell, implementation):
@@ -221,6 +235,7 @@ DEFAULT = {
     "prefill": tuple(name for name in PEERS if name not in ("flashcore_xla", "pallas_gqa")),
     "decode": tuple(name for name, peer in PEERS.items() if peer.cached and name not in ("flashcore_xla", "flashcore_triton")),
     "lengths": (OURS, BASELINE, "pallas_triton", "tokamax_triton", "tokamax_mosaic"),
+    "padded": (OURS, "flashcore_triton", BASELINE, "tokamax_triton", "tokamax_mosaic"),
     "latency": (OURS, BASELINE),
     "float32": (OURS, BASELINE, "xla"),
 }

@@ -187,15 +187,31 @@ def prefill_section(results: Results) -> list[str]:
 
 def lengths_section(results: Results) -> list[str]:
     cell = next(iter(results.cells.values()))
-    lines = [
+    return [
         f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too, if they are of the same commit.\n",
         "<details><summary>The numbers</summary>",
+        *_in_both_directions(results),
+        "\n</details>",
     ]
+
+
+def padded_section(results: Results) -> list[str]:
+    return [
+        (
+            "Rows padded on the right, with lengths of their own, log-uniform; queries and keys have the same. TFLOP/s counts the valid pairs; in brackets the "
+            "speed as a fraction of cuDNN's. The lengths are arrays, not constants, and every contender gets them. bfloat16."
+        ),
+        *_in_both_directions(results),
+    ]
+
+
+def _in_both_directions(results: Results) -> list[str]:
+    lines = []
     for direction in DIRECTIONS:
         if results.contenders(direction):
             head = f"{tables.SHAPE}: TFLOP/s, {TITLES[direction].lower()}"
             lines += ["", tables.speeds(results, direction, head=head), "", tables.times(results, direction)]
-    return [*lines, "\n</details>"]
+    return lines
 
 
 def decode_section(results: Results) -> list[str]:
@@ -278,6 +294,7 @@ def memory_section(results: Results) -> list[str]:
 SECTIONS = {
     "prefill": prefill_section,
     "lengths": lengths_section,
+    "padded": padded_section,
     "decode": decode_section,
     "loops": loops_section,
     "latency": latency_section,
@@ -292,9 +309,7 @@ def performance(boards: dict[str, Results]) -> str:
         lines += ["Nothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."]
     else:
         described = measured[0].runs.keys()
-        again = (
-            "`python -m benchmarks.run --board prefill lengths decode loops latency float32 --memory --out benchmarks/results/NAME.jsonl`"
-        )
+        again = f"`python -m benchmarks.run --board {' '.join(BOARDS)} --memory --out benchmarks/results/NAME.jsonl`"
         lines += [
             provenance(measured[0]) + f" To measure it yourself: {again}, then `python -m benchmarks.report`.\n",
             *head_section(boards),

@@ -1,6 +1,6 @@
 """Measure a board on this machine: every contender, checked against float64 first, then timed in turns.
 
-    python -m benchmarks.run --board prefill lengths decode loops latency float32 --memory --out benchmarks/results/NAME.jsonl
+    python -m benchmarks.run --board prefill lengths padded decode loops latency float32 --memory --out benchmarks/results/NAME.jsonl
     python -m benchmarks.run --board decode --cells D1,D5 --peers flashcore,cudnn --out x.jsonl
     python -m benchmarks.run --quick --memory --out x.jsonl          # tiny cells, also on a CPU
 
@@ -112,7 +112,7 @@ def _prepare(peer, cell, q, k, v, *more):
 
 def taken(cell: Cell, direction: str, inputs):
     """Those of a cell's inputs that a contender takes: `d_out` in the backward only."""
-    return inputs if cell.cached or direction != "fwd" else inputs[:3]
+    return inputs if cell.cached or direction != "fwd" else (*inputs[:3], *inputs[4:])
 
 
 def loaded(program):
@@ -144,9 +144,13 @@ def compile_all(jobs, threads: int) -> dict[Job, object]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def random_inputs(cell: Cell, key):
-    """(query, key, value, d_out); on a cache (query, key, value, query_lengths, key_lengths)."""
+    """(query, key, value, d_out), padded also lengths; on a cache (query, key, value, query_lengths, key_lengths)."""
     shapes = cell.query_shape, cell.key_shape, cell.key_shape, cell.query_shape
     arrays = (jax.random.normal(k, shape).astype(cell.dtype) for k, shape in zip(jax.random.split(key, 4), shapes, strict=True))
+    if cell.padded:
+        *arrays, d_out = arrays
+        is_valid = jnp.arange(cell.T) < cell.lengths[:, None]
+        return *arrays, jnp.where(is_valid[:, :, None, None], d_out, 0), jnp.asarray(cell.lengths)
     if not cell.cached:
         return tuple(arrays)
     return *itertools.islice(arrays, 3), jnp.full(cell.B, cell.T, jnp.int32), jnp.asarray(cell.lengths)
@@ -306,7 +310,7 @@ def parse(argv):
     parser.add_argument("--cells", type=names, help="only these, as in P1,D5")
     parser.add_argument("--peers", type=names, help=f"of {', '.join(peers.PEERS)}")
     parser.add_argument(
-        "--directions", type=names, default=list(workloads.DIRECTIONS), help="of prefill and lengths: fwd, fwd+bwd or both (default)"
+        "--directions", type=names, default=list(workloads.DIRECTIONS), help="of boards that have both: fwd, fwd+bwd or both (default)"
     )
     parser.add_argument("--rounds", type=int, help="timed calls per contender (default 20)")
     parser.add_argument(
@@ -356,7 +360,9 @@ def main(argv=None) -> None:
             write({"board": board} | record for record in measure_board(board, cells, args))
         if args.memory:
             cells = workloads.QUICK_MEMORY if args.quick else workloads.MEMORY
-            names = [name for name in (peers.OURS, "flashcore_xla") if not args.quick or name in (args.peers or peers.QUICK)]
+            names = [
+                name for name in (peers.OURS, "cudnn", "xla", "flashcore_xla") if not args.quick or name in (args.peers or peers.QUICK)
+            ]
             write(measure_memory(cells, names, args.threads))
     say(f"wrote {args.out}: " + ", ".join(f"{n} {what}" for what, n in count.items()))
 

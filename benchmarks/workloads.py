@@ -15,7 +15,8 @@ class Cell:
     """One attention problem. `window` is the number of keys seen to the left of the query's own.
 
     S None: self-attention, S = T. Else a cache: T new tokens, which are the last of each row's valid ones, on keys with room
-    for S. All S are valid; or, with `shortest`, a number of each row's own, log-uniform from `shortest` to S.
+    for S. All keys are valid; or, with `shortest`, a number of each row's own, log-uniform from `shortest` on, and without a cache as
+    many queries: a padded batch.
     """
 
     name: str
@@ -33,6 +34,10 @@ class Cell:
     @property
     def cached(self) -> bool:
         return self.S is not None
+
+    @property
+    def padded(self) -> bool:
+        return not self.cached and self.shortest is not None
 
     @property
     def keys(self) -> int:
@@ -67,12 +72,13 @@ class Cell:
 
     @property
     def visible_pairs(self) -> float:
-        """(query, key) pairs of one head, per row. Causal counts T²/2, the field's convention; a window counts what it shows."""
+        """(query, key) pairs of one head, per row. Causal counts T²/2, the field's convention; a window counts what it shows, and a
+        padded row what is valid of it."""
         if self.cached:  # the last query sees all keys, each one before it a key less
             return self.T * (float(np.mean(self.lengths)) - (self.T - 1) / 2)
         if self.window is not None:
             return sum(min(i, self.window) + 1 for i in range(self.T))
-        return self.T * self.T / (2 if self.is_causal else 1)
+        return float(np.mean(np.square(self.lengths, dtype=np.int64))) / (2 if self.is_causal else 1)
 
     def flops(self, direction: str) -> float:
         """Two products forward, five more backward, two operations each."""
@@ -88,8 +94,9 @@ class Cell:
         if self.cached:
             context = self.S if self.shortest is None else f"{self.shortest} to {self.S}"
             return f"{self.B} x {context}, {heads}" if self.T == 1 else f"{self.B} x {self.T} on {self.S - self.T}, {heads}"
+        rows = f"{self.shortest} to {self.T}" if self.padded else self.T
         mask = f"window {self.window}" if self.window is not None else "causal" if self.is_causal else "full"
-        return f"{self.B} x {self.T}, {heads}, {mask}"
+        return f"{self.B} x {rows}, {heads}, {mask}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +174,14 @@ LENGTHS = (
     Cell("H256-1024", 16, 1024, 8, 8, 256),
     Cell("H256-16384", 1, 16384, 8, 8, 256),
 )
+# Padded batches, forward and backward: what training on rows of different length calls.
+PADDED = (
+    Cell("R1", 32, 1024, 16, 16, 128, shortest=128),
+    Cell("R2", 8, 4096, 32, 8, 128, shortest=512),
+    Cell("R3", 8, 4096, 16, 16, 128, is_causal=False, shortest=512),
+    Cell("R4", 8, 4096, 32, 32, 64, shortest=512),
+    Cell("R5", 8, 4096, 8, 8, 256, shortest=512),
+)
 LOOPS = (Loop("L1", 8, 8192, 32, 8, 128, layers=16), Loop("L2", 8, 8192, 32, 8, 128, steps=64))
 
 
@@ -188,7 +203,9 @@ def _in_both_dtypes(cells) -> tuple[Cell, ...]:
 
 # What float32's accuracy costs: each cell beside itself in bfloat16.
 FLOAT32 = _in_both_dtypes(cell for cell in PREFILL if cell.name in ("P1", "P2", "P5", "P6"))
-BOARDS = {"prefill": PREFILL, "lengths": LENGTHS, "decode": DECODE, "loops": LOOPS, "latency": LATENCY, "float32": FLOAT32}
+BOARDS = {
+    "prefill": PREFILL, "lengths": LENGTHS, "padded": PADDED, "decode": DECODE, "loops": LOOPS, "latency": LATENCY, "float32": FLOAT32
+}  # fmt: skip
 # The cells of a board's geometric mean. Chunked prefill is no decode.
 SUMMARIES = {"prefill": tuple(f"P{i}" for i in range(1, 9)), "decode": tuple(f"D{i}" for i in range(1, 13))}
 
@@ -196,6 +213,7 @@ SUMMARIES = {"prefill": tuple(f"P{i}" for i in range(1, 9)), "decode": tuple(f"D
 QUICK_BOARDS = {
     "prefill": (Cell("P1", 2, 64, 2, 2, 32), Cell("P2", 1, 128, 2, 1, 32, window=48)),
     "lengths": (Cell("H16-64", 2, 64, 4, 4, 16), Cell("H32-128", 1, 128, 2, 2, 32)),
+    "padded": (Cell("R1", 3, 64, 2, 1, 32, shortest=16), Cell("R3", 3, 64, 2, 2, 32, is_causal=False, shortest=16)),
     "decode": (Cell("D5", 4, 1, 4, 2, 32, S=256, shortest=4), Cell("C1", 2, 32, 2, 1, 32, S=128)),
     "loops": (Loop("L1", 2, 128, 4, 2, 32, layers=2), Loop("L2", 2, 128, 4, 2, 32, steps=3)),
     "latency": _latency((64,), (2,), "bfloat16", B=1, N=2, K=1, H=32),
@@ -208,7 +226,7 @@ QUICK_MEMORY = tuple(Cell(f"M{t}", 1, t, 2, 1, 32) for t in (64, 128))
 
 
 def directions(board: str) -> tuple[str, ...]:
-    return DIRECTIONS if board in ("prefill", "lengths", "float32") else DIRECTIONS[:1]
+    return DIRECTIONS if board in ("prefill", "lengths", "padded", "float32") else DIRECTIONS[:1]
 
 
 def cell_of(board: str, facts: dict) -> Cell | Loop:

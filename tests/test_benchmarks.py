@@ -120,7 +120,9 @@ def test_report_renders_and_knows_when_it_is_stale(results_file, tmp_path):
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
     text = (tmp_path / "docs/performance.md").read_text()
-    assert all(f"## {title}\n" in text for title in ("Prefill", "Forward + backward", "Lengths", "Decode", "Loops", "Latency", "Float32"))
+    assert all(
+        f"## {title}\n" in text for title in ("Prefill", "Forward + backward", "Lengths", "Padded", "Decode", "Loops", "Latency", "Float32")
+    )
     assert text.count("Kernel time by CUPTI" if on_gpu() else "Wall time of one call") == 1  # of the one run, once
     assert ("needs an NVIDIA GPU" in text) != on_gpu()
     pictures = {file.name for file in (tmp_path / "docs/images").iterdir()}
@@ -139,14 +141,17 @@ def assert_same_in_float64(got, expected, cell):
     np.testing.assert_allclose(got, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("cell", [*QUICK, Cell("full", 1, 96, 4, 2, 16, is_causal=False)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell", [*QUICK, *workloads.QUICK_BOARDS["padded"], Cell("full", 1, 96, 4, 2, 16, is_causal=False)], ids=lambda cell: cell.name
+)
 def test_exact_agrees_with_the_oracle(cell):
-    q, k, v, d_out = run.random_inputs(cell, jax.random.key(3))
+    q, k, v, d_out, *lengths = run.random_inputs(cell, jax.random.key(3))
     with jax.enable_x64(True):
-        got = jax.jit(exact.attention, static_argnums=0)(cell, q, k, v, d_out)
+        got = jax.jit(exact.attention, static_argnums=0)(cell, q, k, v, d_out, *lengths)
     G = cell.N // cell.K
     inputs = testing.Inputs(q, k, v, d_out, np.zeros((cell.B, cell.T, cell.N)))
-    truth, weights = (testing.oracle(x, **cell.options).exact for x in (inputs, inputs._replace(value=jnp.abs(v))))
+    of_rows = {name: cell.lengths for name in ("query_seq_lengths", "key_value_seq_lengths") if cell.padded}
+    truth, weights = (testing.oracle(x, **cell.options, **of_rows).exact for x in (inputs, inputs._replace(value=jnp.abs(v))))
     expected = (
         truth.out[-1, :, -G:], weights.out[-1, :, -G:],
         truth.dquery[-1, :, -G:], truth.dkey[-1, :, -1], truth.dvalue[-1, :, -1],
@@ -217,6 +222,9 @@ def test_flops_follow_the_board():
     assert causal.flops("fwd") == full.flops("fwd") / 2
     assert causal.flops("fwd+bwd") == 3.5 * causal.flops("fwd")
     assert window.visible_pairs == 1 + 2 + 6 * 3
+    padded = Cell("p", 2, 8, 4, 2, 16, is_causal=False, shortest=4)
+    assert padded.visible_pairs == np.mean([n * n for n in padded.lengths.tolist()])
+    assert 4 <= padded.lengths.min() < padded.lengths.max() <= 8
 
 
 def test_profiler_takes_a_rotating_function_as_it_is():

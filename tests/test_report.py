@@ -170,6 +170,12 @@ def test_decode_is_rendered(tmp_path):
     assert "## Prefill" not in text
 
 
+def test_a_padded_batch_is_rendered(tmp_path):
+    text = render(tmp_path, made_up("2026-01-01", "padded"))
+    assert "| R1: 32 x 128 to 1024, 16/16, 128, causal | 300 (1.25) | 300 (1.25) | 300 |" in text
+    assert text.count("| R5: ") == 4
+
+
 def test_loops_and_latency_are_rendered(tmp_path):
     text = render(tmp_path, made_up("2026-01-01", "loops"), made_up("2026-01-02", "latency"))
     assert "| L1: one loop over a stack of 16 layers | 80.0 | 5.0 | 0.800 | 140 | 1.0 (0.02%) | none | 0 |" in text
