@@ -3,7 +3,7 @@
 from flashcore_jax.attention import attention, explain
 from flashcore_jax.cache import KVCache
 from flashcore_jax.errors import ArgumentError, CacheOverflowError, DtypeError, InterpretWarning, OptionError, ShapeError, Unsupported
-from flashcore_jax.kv_attention import attention_with_kv_cache
+from flashcore_jax.kv_attention import attention_with_kv_cache, explain_with_kv_cache
 from flashcore_jax.problem import RESIDUAL_NAMES
 
 __version__ = "0.1.0"
@@ -21,4 +21,5 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "explain",
+    "explain_with_kv_cache",
 ]

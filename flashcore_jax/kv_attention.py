@@ -1,10 +1,11 @@
 """`attention_with_kv_cache`: append, then attend over the cache. Prefill, chunks, speculation and decode are this one call."""
 
+from flashcore_jax import implementations
 from flashcore_jax.attention import attend
 from flashcore_jax.axes import Key, Lengths, LogSumExp, Output, Query, Value
 from flashcore_jax.cache import KVCache, layer_index
 from flashcore_jax.errors import ArgumentError, ShapeError, check
-from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, problem_of
+from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem, problem_of
 from flashcore_jax.rows import Rows, int32
 
 
@@ -57,15 +58,51 @@ def attention_with_kv_cache(
       CacheOverflowError: outside `jit`, before anything is written, if a row has no room.
       ArgumentError, Unsupported: as `attention`.
     """
-    check([(isinstance(cache, KVCache), ArgumentError, "cache to be a KVCache", type(cache).__name__, "make one with KVCache.create(...)")])
-    problem = problem_of(
-        query, cache.key, cache.value, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
-        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size, cached=True,
+    problem = _problem_of(
+        query, key, cache, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size,
     )  # fmt: skip
-    check([
-        (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
-    ])  # fmt: skip
     cache = cache.append(key, value, layer=layer, query_seq_lengths=query_seq_lengths, implementation=implementation)
     rows = Rows(int32(query_seq_lengths), cache.length, cache.overflowed, layer_index(cache, layer))
     out, lse = attend(query, cache.key, cache.value, rows, problem, implementation)
     return (out, lse, cache) if return_lse else (out, cache)
+
+
+def explain_with_kv_cache(
+    query,
+    key,
+    value,
+    cache: KVCache,
+    *,
+    layer=None,
+    query_seq_lengths=None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    precision=None,
+    split_size: int | None = DEFAULT_SPLIT_SIZE,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> implementations.Explanation:  # the signature of `attention_with_kv_cache`; tests/test_errors.py holds the two together
+    """`explain`, for the call of `attention_with_kv_cache` with these arguments: a cache's S is its capacity.
+
+    The arrays, the cache's too, may be `jax.ShapeDtypeStruct`s; nothing is computed. Raises what the call raises for shapes, dtypes and
+    options.
+    """
+    problem = _problem_of(
+        query, key, cache, is_causal=is_causal, scale=scale, query_seq_lengths=query_seq_lengths,
+        local_window_size=local_window_size, logits_soft_cap=logits_soft_cap, precision=precision, split_size=split_size,
+    )  # fmt: skip
+    cache._check(key, value, query_seq_lengths)
+    layer_index(cache, layer)
+    return implementations.explain(problem, implementation)
+
+
+def _problem_of(query, key, cache: KVCache, **options) -> Problem:
+    check([(isinstance(cache, KVCache), ArgumentError, "cache to be a KVCache", type(cache).__name__, "make one with KVCache.create(...)")])
+    problem = problem_of(query, cache.key, cache.value, **options, cached=True)
+    check([
+        (getattr(key, "shape", ())[1:2] == query.shape[1:2], ShapeError, f"key with query's T = {query.shape[1]}", tuple(getattr(key, "shape", ())), "give each new token one query and one key; cache.append() alone takes keys without queries"),
+    ])  # fmt: skip
+    return problem

@@ -178,8 +178,34 @@ def test_explain_tells_what_hopper_hands_on():
         assert set(explain(512, 512, query_seq_lengths=jax.ShapeDtypeStruct((1,), jnp.int32)).handed_on) == {"backward"}
 
 
-def test_explain_takes_the_arguments_of_attention():
-    of_explain, of_attention = (inspect.signature(f).parameters for f in (flashcore_jax.explain, flashcore_jax.attention))
+@pytest.mark.mosaic
+def test_explain_of_a_cache():
+    """Traced for an H200: a prompt, a decode step, a capacity that the copy engine cannot take; and what the call itself would raise."""
+
+    def explain(T, capacity=1024, layers=None, **options):
+        cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(2, capacity, 2, 128, layers=layers))
+        arrays = [jax.ShapeDtypeStruct((2, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
+        return flashcore_jax.explain_with_kv_cache(*arrays, cache, **options)
+
+    with traced_for("NVIDIA H200"):
+        assert explain(512).implementation == "mosaic_gpu"
+        assert set(explain(512).handed_on) == {"backward"}
+        assert "few queries" in explain(1, layers=3, layer=1).handed_on["forward"]
+        assert "(a cache's S is its capacity) one is no multiple of 8" in explain(512, 1001).handed_on["forward"]
+        assert explain(512, implementation="triton").implementation == "triton"
+        with pytest.raises(OptionError, match="layer"):
+            explain(1, layers=3)
+        with pytest.raises(OptionError, match="split_size"):
+            explain(1, split_size=100)
+
+
+@pytest.mark.parametrize(
+    ("explain", "call"),
+    [(flashcore_jax.explain, flashcore_jax.attention), (flashcore_jax.explain_with_kv_cache, flashcore_jax.attention_with_kv_cache)],
+    ids=["attention", "attention_with_kv_cache"],
+)
+def test_explain_takes_the_arguments_of_the_call(explain, call):
+    of_explain, of_attention = (inspect.signature(f).parameters for f in (explain, call))
     assert list(of_explain) == list(of_attention)
     assert [p.default for p in of_explain.values()] == [p.default for p in of_attention.values()]
 
