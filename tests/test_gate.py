@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashcore_jax.testing import Inputs, Results, Workload, errors, errors_of, inputs, oracle
+from flashcore_jax.testing import Inputs, Oracle, Results, Workload, errors, errors_of, inputs, oracle
 
 UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}  # docs/numerics.md; not testing.py's own
 
@@ -54,6 +54,19 @@ def test_at_large_logits(dtype):
     assert max(errors(with_logits_off_by(2.0**-23), exact).values()) <= 1.0
     found = errors(with_logits_off_by(max(2.0 * UNITS[dtype], 2.0**-11)), exact)
     assert all(found[name] > 1.0 for name in ("out", "lse", "dkey", "dvalue")), found
+
+
+def test_the_last_rounding_may_be_that_of_the_next_binade():
+    """Just below 0.5 bfloat16's numbers are half as far apart as above it. Found by chance: two keys, 0.49986 exactly, 0.50390625 computed."""
+    x, bound = np.full((1, 1, 1, 1), 0.4998613), np.full((1, 1, 1, 1), 0.0024972)
+    nothing = Results(*[np.zeros((1, 1, 1, 1))] * 5)
+    exact = Oracle(nothing._replace(out=x), nothing._replace(out=bound), nothing)
+
+    def error(out: float) -> float:
+        return errors(rounded(nothing._replace(out=np.full_like(x, out)), "bfloat16"), exact)["out"]
+
+    assert error(0.50390625) <= 1.0 < error(0.5078125)
+    assert error(0.49609375) <= 1.0 < error(0.4921875)
 
 
 def test_few_rows_that_see_something_have_no_mean():
