@@ -18,6 +18,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
 import threading
 
 import jax.numpy as jnp
@@ -36,21 +37,31 @@ class Hazard(AssertionError):
     """The kernel does what a GPU may punish."""
 
 
+def _bytes_of(shape, dtype) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def _memory(size: int) -> np.ndarray:
+    """uint8[2, bytes]: what they hold, at first NaN or -1, and who has written each and not committed it, 1 + the warpgroup."""
+    return np.repeat(np.array([[0xFF], [0]], np.uint8), size, axis=1)
+
+
 class Ref:
-    """A part of an array in memory; `missing`: how much of each axis lies beyond the array."""
+    """A part of an array in memory: its numbers and the writers of its bytes; `missing`: how much of each axis lies beyond the array."""
 
     def __init__(self, data: np.ndarray, writers: np.ndarray, missing: tuple[int, ...] | None = None):
-        self.data, self.writers = data, writers  # of each byte the warpgroup, from 1, that has written and not yet committed it
+        self.data, self.writers = data, writers
         self.missing = missing or (0,) * data.ndim
         self.shape = tuple(size + more for size, more in zip(data.shape, self.missing, strict=True))
 
     @classmethod
-    def new(cls, shape, dtype, memory: np.ndarray | None = None) -> "Ref":
-        dtype = jnp.dtype(dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        memory = np.full((2, size), [[0xFF], [0]], np.uint8) if memory is None else memory  # all ones is NaN, or -1
-        data, writers = (part[:size].reshape(*shape, dtype.itemsize) for part in memory)
-        return cls(data.view(dtype)[..., 0], writers)
+    def of(cls, memory: np.ndarray, shape, dtype) -> "Ref":
+        data, writers = (part[: _bytes_of(shape, dtype)].reshape(*shape, jnp.dtype(dtype).itemsize) for part in memory)
+        return cls(data.view(jnp.dtype(dtype))[..., 0], writers)
+
+    @classmethod
+    def new(cls, shape, dtype) -> "Ref":
+        return cls.of(_memory(_bytes_of(shape, dtype)), shape, dtype)
 
     @property
     def at(self):
@@ -72,8 +83,6 @@ class Ref:
         return self.data.copy()
 
     def read_by_engine(self) -> np.ndarray:
-        if self.writers.any():
-            raise Hazard("what reads this has not been told, by commit_smem, that it was written")
         return np.pad(self.data, [(0, more) for more in self.missing])
 
 
@@ -97,7 +106,7 @@ class _At:
                 if start < 0:
                     raise Hazard(f"begins {-start} before the array")
                 found.append(slice(start, stop))
-                missing.append(max(stop - max(size, start), 0) if start < size else at.size)
+                missing.append(min(max(stop - size, 0), at.size))
             else:
                 if not 0 <= int(at) < size:
                     raise Hazard(f"{int(at)} of {size}")
@@ -125,7 +134,7 @@ class Barrier:
 
 class Barriers:
     def __init__(self, spec):
-        self.all = [Barrier(spec.num_arrivals) for _ in range(np.prod(spec.num_barriers))]
+        self.all = [Barrier(spec.num_arrivals) for _ in range(math.prod(spec.num_barriers))]
         self.at = self
 
     def __getitem__(self, i) -> Barrier:
@@ -137,6 +146,8 @@ class _InFlight:
 
     def __init__(self, refs, finish):
         self.refs, self.finish, self.done = refs, finish, False
+        if any(ref.writers.any() for ref in refs):
+            raise Hazard("what reads this has not been told, by commit_smem, that it was written")
         self.seen = [ref.read_by_engine() for ref in refs]
 
     def end(self):
@@ -168,7 +179,7 @@ class _Warpgroup(threading.Thread):
             if self.products or self.copies:
                 raise Hazard("the program ends with something in flight")
         except BaseException as error:
-            self.error = error
+            self.error = self.error or error
         self.over = True
         self.program.next_turn()
 
@@ -184,12 +195,29 @@ class _Warpgroup(threading.Thread):
             in_flight.pop(0).end()
 
 
+def _scratch_of(specs):
+    """(what the kernel gets, the memories of it)"""
+    refs, memories = [], []
+    for spec in specs:
+        if isinstance(spec, plgpu.Barrier):
+            refs.append(Barriers(spec))
+            continue
+        parts = spec.refs if isinstance(spec, plgpu.RefUnion) else [spec]
+        memories.append(_memory(max(_bytes_of(part.shape, part.dtype) for part in parts)))
+        of_parts = [Ref.of(memories[-1], part.shape, part.dtype) for part in parts]
+        refs.append(of_parts if isinstance(spec, plgpu.RefUnion) else of_parts[0])
+    return refs, memories
+
+
 class _Program:
     def __init__(self, kernel, number: int, warpgroups: int, operands, scratch, order):
+        refs, self.memories = _scratch_of(scratch)
+        if sum(memory.shape[1] for memory in self.memories) > SHARED_MEMORY:
+            raise Hazard("more shared memory than there is")
         self.number, self.order, self.failed = number, order, False
         self.ended = threading.Event()
-        self.threads = [_Warpgroup(i, self, lambda: kernel(*operands, *scratch)) for i in range(warpgroups)]
-        self.barriers = [barrier for x in scratch if isinstance(x, Barriers) for barrier in x.all]
+        self.threads = [_Warpgroup(i, self, lambda: kernel(*operands, *refs)) for i in range(warpgroups)]
+        self.barriers = [barrier for x in refs if isinstance(x, Barriers) for barrier in x.all]
 
     def run(self):
         for thread in self.threads:
@@ -285,8 +313,8 @@ def _wait_smem_to_gmem(n: int, wait_read_only: bool = False):
 
 def _commit_smem():
     me = _Warpgroup.here()
-    for memory in me.program.memories:
-        memory[memory == me.number + 1] = 0
+    for _, writers in me.program.memories:
+        writers[writers == me.number + 1] = 0
 
 
 def _set_max_registers(n: int, *, action: str):
@@ -439,22 +467,6 @@ class _Lax:
         return x[tuple(map(slice, start, stop))]
 
 
-def _scratch_of(specs):
-    """(what the kernel gets, what of it is memory)"""
-    made, memories = [], []
-    for spec in specs:
-        if isinstance(spec, plgpu.Barrier):
-            made.append(Barriers(spec))
-            continue
-        parts = spec.refs if isinstance(spec, plgpu.RefUnion) else [spec]
-        size = max(int(np.prod(part.shape)) * jnp.dtype(part.dtype).itemsize for part in parts)
-        memory = np.full((2, size), [[0xFF], [0]], np.uint8)
-        memories.append(memory)
-        refs = [Ref.new(part.shape, part.dtype, memory) for part in parts]
-        made.append(refs if isinstance(spec, plgpu.RefUnion) else refs[0])
-    return made, memories
-
-
 def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch):
     inputs = []
     for x in operands:
@@ -463,12 +475,7 @@ def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int,
     outputs = [Ref.new(x.shape, x.dtype) for x in out_type]
     with _by_numpy():
         for number in range(programs):
-            made, memories = _scratch_of(scratch)
-            if sum(memory.shape[1] for memory in memories) > SHARED_MEMORY:
-                raise Hazard("more shared memory than there is")
-            program = _Program(kernel, number, warpgroups, [*inputs, *outputs], made, order)
-            program.memories = [memory[1] for memory in memories]
-            program.run()
+            _Program(kernel, number, warpgroups, [*inputs, *outputs], scratch, order).run()
     return tuple(jnp.asarray(x.data) for x in outputs)
 
 
