@@ -256,7 +256,14 @@ WORKLOADS = tuple(
     for H, Hv in (ODD_HEAD_DIMS if kind == "everything" else HEAD_DIMS)
 )
 # Sizes in multiples of 8, or the call goes to Triton; those of "full" in none of the blocks of 64.
-MOSAIC_KINDS = {"causal": KINDS["causal"], "full": dict(T=1000, S=4040), "everything": KINDS["everything"]}
+MOSAIC_KINDS = {
+    "causal": KINDS["causal"],
+    "full": dict(T=1000, S=4040),
+    "everything": KINDS["everything"],
+    # Of a cluster's programs each fills a multiprocessor, or half of one.
+    "decode": KINDS["decode of one row"] | dict(S=5000),
+    "decode of some rows": KINDS["decode"] | dict(B=8, query_seq_lengths=(1,) * 8, key_value_seq_lengths=(5000,) * 8),
+}
 # The bytes that a Mosaic GPU kernel of a head dim may spill, stored and loaded, by the kind of call; the backward takes no
 # "everything". Behind them what ptxas 13.5.37 makes of it today, with jax 0.11.2: the limit is that, rounded up to a hundred.
 MOSAIC_SPILLS = {
@@ -272,6 +279,8 @@ MOSAIC_SPILLS = {
     ("dq", 64): dict(causal=0, full=0),  # 0, 0
     ("dq", 128): dict(causal=0, full=0),  # 0, 0
     ("dq", 256): dict(causal=100, full=100),  # 92, 92
+    **{("decode", H): {"decode": 0, "decode of some rows": 0} for H in (64, 128)},
+    ("decode", 256): {"decode": 0},  # some rows are for the Triton kernels
 }
 MOSAIC_HEAD_DIMS = (64, 128, 256)
 
@@ -354,15 +363,27 @@ class MosaicJob(Job):
 
     def judge(self, report: dict[str, dict]) -> list[dict]:
         launched = {kernel: report[name + _MOSAIC] for name, kernel in KERNELS.items() if name + _MOSAIC in report}
-        forward = {"closing" if self.closes else "forward"}
+        forward = {"decode" if self.is_decode else "closing" if self.closes else "forward"}
         check_kernels(set(launched), forward | {"dkdv", "dq"} if self.backward else forward, report)
         rows = []
         for kernel, facts in launched.items():
             allowed = MOSAIC_SPILLS[kernel, self.workload.H][self.kind]
             row = {"gpu": self.gpu, "workload": self.workload.name, "kernel": kernel, "tile": "Mosaic GPU"}
             row |= {"limit": gpu_of(self.gpu).shared_memory, "allowed_spills": allowed}
-            rows.append(row | facts | {"fault": mosaic_fault_of(facts, allowed)})
+            rows.append(row | facts | {"fault": mosaic_fault_of(facts, allowed) or self.crowding(facts)})
         return rows
+
+    def crowding(self, facts: dict) -> str:
+        """Whether a multiprocessor holds the decode kernel's programs that its plan counts on; "" it does."""
+        if not self.is_decode:
+            return ""
+        from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+
+        problem, gpu = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size), gpu_of(self.gpu)
+        at_once = plan_for(problem, gpu).at_once
+        registers = -(-facts["registers"] // 8) * 8 * facts["threads"]  # which are given in eights
+        fits = at_once * registers <= 65536 and at_once * (facts["shared_memory"] + 1024) <= gpu.shared_memory + 1024
+        return "" if fits else f"a multiprocessor does not hold {at_once} programs"
 
 
 def check_kernels(found: set[str], expected: set[str], report: dict[str, dict]):
@@ -393,12 +414,13 @@ def mosaic_jobs_for(gpus, quick: bool) -> list[MosaicJob]:
     if quick:
         hoppers = list({dataclasses.replace(gpu_of(gpu), kind=""): gpu for gpu in hoppers}.values())
     calls = [("bfloat16", H, kind, split) for kind in MOSAIC_KINDS for H in MOSAIC_HEAD_DIMS for split in (2048, None)]
+    calls = [(*_, H, kind, split) for *_, H, kind, split in calls if "decode" not in kind or (split and kind in MOSAIC_SPILLS["decode", H])]
     calls.append(("float16", 128, "causal", 2048))
     jobs = []
     for gpu in hoppers:
         for dtype, H, kind, split in calls:
             name = f"{dtype} {H} {kind}{'' if split else ' unsplit'}"
-            workload = Workload(name, B=2, N=8, K=2, H=H, Hv=H, dtype=dtype, split_size=split, **MOSAIC_KINDS[kind])
+            workload = Workload(name, N=8, K=2, H=H, Hv=H, dtype=dtype, split_size=split, **{"B": 2} | MOSAIC_KINDS[kind])
             jobs.append(MosaicJob(gpu, workload, kind))
     return jobs
 

@@ -81,12 +81,19 @@ def _four_sums(p):
     return sums
 
 
-def merge(total: Partial, closed: Partial) -> Partial:
-    """Adds a closed partial sum to the total of those before it. An empty one changes nothing, to the bit."""
-    running_max = jnp.maximum(total.running_max, closed.running_max)
-    of_total, of_closed = jnp.exp2(total.running_max - running_max), jnp.exp2(closed.running_max - running_max)
-    acc = tuple(a * of_total[..., None] + b * of_closed[..., None] for a, b in zip(total.acc, closed.acc, strict=True))
-    return Partial(acc, total.row_sum * of_total + closed.row_sum * of_closed, running_max)
+def merge(total: Partial, *closed: Partial) -> Partial:
+    """Adds closed partial sums, in order, to the total of those before them. An empty one changes nothing, to the bit.
+
+    All maxima come first, then all factors, then the sums: a chain of additions that waits for no exponential."""
+    maxima = [total.running_max]
+    for one in closed:
+        maxima.append(jnp.maximum(maxima[-1], one.running_max))
+    factors = [(jnp.exp2(old - new), jnp.exp2(one.running_max - new)) for old, new, one in zip(maxima, maxima[1:], closed, strict=False)]
+    acc, row_sum = total.acc, total.row_sum
+    for one, (of_total, of_one) in zip(closed, factors, strict=True):
+        acc = tuple(a * of_total[..., None] + b * of_one[..., None] for a, b in zip(acc, one.acc, strict=True))
+        row_sum = row_sum * of_total + one.row_sum * of_one
+    return Partial(acc, row_sum, maxima[-1])
 
 
 def finish(total: Partial):

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flashcore_jax import logits, masks, online_softmax, rows
-from flashcore_jax.kernels.mosaic_gpu import backward, forward, registers, schedule
+from flashcore_jax.kernels.mosaic_gpu import backward, decode, forward, fragments, registers, schedule
 
 SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # bytes, and numbers of 32 bits, of a multiprocessor
 
@@ -53,6 +53,7 @@ class Ref:
         self.data, self.writers = data, writers
         self.missing = missing or (0,) * data.ndim
         self.shape = tuple(size + more for size, more in zip(data.shape, self.missing, strict=True))
+        self.dtype = data.dtype
 
     @classmethod
     def of(cls, memory: np.ndarray, shape, dtype) -> "Ref":
@@ -160,9 +161,9 @@ class _InFlight:
 class _Warpgroup(threading.Thread):
     """A thread, which runs only while it has the turn."""
 
-    def __init__(self, number: int, program: "_Program", run):
+    def __init__(self, number: int, member: "_Member", program: "_Program", run):
         super().__init__(daemon=True)
-        self.number, self.program, self.run_kernel = number, program, run
+        self.number, self.member, self.program, self.run_kernel = number, member, program, run
         self.turn, self.waits_for, self.over, self.error = threading.Event(), None, False, None
         self.products, self.copies = [], []  # in flight
         self.registers = 0
@@ -200,7 +201,7 @@ def _scratch_of(specs):
     refs, memories = [], []
     for spec in specs:
         if isinstance(spec, plgpu.Barrier):
-            refs.append(Barriers(spec))
+            refs.append(Barriers(spec) if spec.num_barriers else Barrier(spec.num_arrivals))
             continue
         parts = spec.refs if isinstance(spec, plgpu.RefUnion) else [spec]
         memories.append(_memory(max(_bytes_of(part.shape, part.dtype) for part in parts)))
@@ -209,15 +210,26 @@ def _scratch_of(specs):
     return refs, memories
 
 
-class _Program:
-    def __init__(self, kernel, number: int, warpgroups: int, operands, scratch, order):
-        refs, self.memories = _scratch_of(scratch)
+class _Member:
+    """Of a cluster; a program that is in none is its own."""
+
+    def __init__(self, number: int, program: "_Program", kernel, warpgroups: int, operands, scratch):
+        self.number = number
+        self.refs, self.memories = _scratch_of(scratch)
         if sum(memory.shape[1] for memory in self.memories) > SHARED_MEMORY:
             raise Hazard("more shared memory than there is")
+        self.threads = [_Warpgroup(i, self, program, lambda: kernel(*operands, *self.refs)) for i in range(warpgroups)]
+
+
+class _Program:
+    def __init__(self, kernel, number: int, warpgroups: int, operands, scratch, order, members: int):
         self.number, self.order, self.failed = number, order, False
         self.ended = threading.Event()
-        self.threads = [_Warpgroup(i, self, lambda: kernel(*operands, *refs)) for i in range(warpgroups)]
-        self.barriers = [barrier for x in refs if isinstance(x, Barriers) for barrier in x.all]
+        self.members = [_Member(i, self, kernel, warpgroups, operands, scratch) for i in range(members)]
+        self.threads = [thread for member in self.members for thread in member.threads]
+        barriers = [x for member in self.members for x in member.refs if isinstance(x, (Barrier, Barriers))]
+        self.barriers = [one for x in barriers for one in (x.all if isinstance(x, Barriers) else [x])]
+        self.met, self.meetings, self.on_their_way = 0, 0, []
 
     def run(self):
         for thread in self.threads:
@@ -229,7 +241,9 @@ class _Program:
                 raise thread.error
         if any(barrier.landing or barrier.arrived for barrier in self.barriers):
             raise Hazard("the program ends with a copy that nobody waited for")
-        held = [thread.registers for thread in self.threads]
+        if self.on_their_way:
+            raise Hazard("the program ends with something written to another's memory, and not met")
+        held = [thread.registers for thread in self.members[0].threads]
         if sum(held) * registers.THREADS > REGISTERS:
             raise Hazard(f"{held} registers a thread are more than there are")
 
@@ -313,7 +327,7 @@ def _wait_smem_to_gmem(n: int, wait_read_only: bool = False):
 
 def _commit_smem():
     me = _Warpgroup.here()
-    for _, writers in me.program.memories:
+    for _, writers in me.member.memories:
         writers[writers == me.number + 1] = 0
 
 
@@ -396,7 +410,70 @@ def _over_columns(row, columns: int):
     return np.broadcast_to(row[:, None], (len(row), columns))
 
 
+def _meet():
+    me, program = _Warpgroup.here(), _Warpgroup.here().program
+    meeting, program.met = program.meetings, program.met + 1
+    if program.met == len(program.threads):
+        for write in program.on_their_way:
+            write()
+        program.met, program.meetings, program.on_their_way = 0, meeting + 1, []
+    me.waits_for = lambda: program.meetings > meeting
+    me.give_way()
+    me.waits_for = None
+
+
+def _tell(ref: Ref, index, numbers):
+    """Writes to the same place of every member's memory, where they are when all have met, and NaN until then."""
+    me = _Warpgroup.here()
+    at = next(i for i, own in enumerate(me.member.refs) if own is ref)
+    for member in me.program.members:
+        data = member.refs[at].data[index]
+        data[...] = np.nan
+        me.program.on_their_way.append(functools.partial(np.copyto, data, numbers))
+
+
+def _keep(scores_ref: Ref, highest_ref: Ref, scores, own: int, block: int, log2_scale: float, rows: int, programs: int):
+    size = fragments.scores_of(rows)
+    scores_ref[pl.ds(own * size, size)] = scores[:rows].reshape(-1)
+    _tell(highest_ref, (slice(None), block), online_softmax.highest_of(scores[:rows], log2_scale))
+
+
+def _weigh(
+    scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, member, start, stop, log2_scale: float, dtype, rows: int, programs: int
+):  # fmt: skip
+    blocks, size = (highest_ref.shape[1] - fragments.PAD) // programs, fragments.weights_of(rows)
+    for own in range(blocks):
+        block = member * blocks + own
+        if start <= block < stop and own // 4 % warpgroups == warpgroup:
+            scores = scores_ref[pl.ds(own * fragments.scores_of(rows), fragments.scores_of(rows))].reshape(rows, -1)
+            so_far = np.zeros((rows, 2, 2), np.float32), _highest(highest_ref, start, block, rows)[:rows]
+            probabilities, _, row_sum, rescale = _update(scores, so_far[1], so_far[0], log2_scale, dtype)
+            words = probabilities.reshape(-1).view(np.float32), row_sum.reshape(-1), np.repeat(rescale, 4)
+            _tell(weights_ref, slice(block * size, (block + 1) * size), np.concatenate(words))
+
+
+def _add(acc, row_sum, weights_ref: Ref, values_ref: Ref, first: int, dtype, rows: int):
+    acc, size = acc.copy(), fragments.weights_of(rows)
+    row_sum = np.zeros((*row_sum.shape, 2, 2), np.float32) if row_sum.ndim == 1 else row_sum.copy()
+    values = values_ref[...]
+    for i in range(len(values) // schedule.BLOCK):
+        words = weights_ref[pl.ds((first + i) * size, size)]
+        probabilities, added, rescale = np.split(words, [rows * schedule.BLOCK // 2, rows * (schedule.BLOCK // 2 + 4)])
+        probabilities, rescale = probabilities.view(dtype).reshape(rows, -1), rescale[::4]
+        product = _product(probabilities, values[i * schedule.BLOCK : (i + 1) * schedule.BLOCK])
+        acc[:rows] = acc[:rows] * rescale[:, None] + product
+        row_sum[:rows] = row_sum[:rows] * rescale[:, None, None] + added.reshape(rows, 2, 2)
+    return acc, row_sum
+
+
+def _highest(highest_ref: Ref, start, stop, rows: int):
+    found = np.full(schedule.ROWS, online_softmax.LOWEST, np.float32)
+    found[:rows] = np.max(highest_ref[...][:, start:stop], axis=1, initial=online_softmax.LOWEST)
+    return found
+
+
 _INSTRUCTIONS = {
+    fragments: dict(meet=_meet, keep=_keep, weigh=_weigh, add=_add, highest=_highest),
     registers: dict(
         over_columns=_over_columns,
         uniform=lambda x: x,
@@ -429,6 +506,7 @@ _INSTRUCTIONS = {
         wgmma_accumulator_load=_wgmma_accumulator_load,
     ),
     forward: dict(over_columns=_over_columns),
+    decode: dict(over_columns=_over_columns),
     pl: dict(run_scoped=_run_scoped, when=lambda condition: lambda run: run() if condition else None),
 }
 
@@ -450,7 +528,7 @@ class _Lax:
     @staticmethod
     def axis_index(name: str):
         me = _Warpgroup.here()
-        return np.int32({"program": me.program.number, "warpgroup": me.number}[name])
+        return np.int32({"program": me.program.number, "member": me.member.number, "warpgroup": me.number}[name])
 
     @staticmethod
     def broadcast_in_dim(x, shape, axes):
@@ -467,7 +545,7 @@ class _Lax:
         return x[tuple(map(slice, start, stop))]
 
 
-def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch):
+def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch, cluster: int = 1):
     inputs = []
     for x in operands:
         inputs.append(Ref.new(x.shape, x.dtype))
@@ -475,19 +553,19 @@ def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int,
     outputs = [Ref.new(x.shape, x.dtype) for x in out_type]
     with _by_numpy():
         for number in range(programs):
-            _Program(kernel, number, warpgroups, [*inputs, *outputs], scratch, order).run()
+            _Program(kernel, number, warpgroups, [*inputs, *outputs], scratch, order, cluster).run()
     return tuple(jnp.asarray(x.data) for x in outputs)
 
 
-_MODULES = (backward, forward, logits, masks, online_softmax, registers, rows, schedule)
+_MODULES = (backward, decode, forward, logits, masks, online_softmax, registers, rows, schedule)
 
 
 def install(monkeypatch, order):
-    """From here on `forward.forward` and `backward.backward` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
+    """From here on `forward.forward`, `backward.backward` and `decode.decode` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
     for module, replaced in _INSTRUCTIONS.items():
         for name, instead in replaced.items():
             monkeypatch.setattr(module, name, instead)
-    for module in (forward, backward):
+    for module in (forward, backward, decode):
         monkeypatch.setattr(module, "launch", functools.partial(_launch, order))
 
 

@@ -180,17 +180,19 @@ def test_explain_tells_what_hopper_hands_on():
 
 @pytest.mark.mosaic
 def test_explain_of_a_cache():
-    """Traced for an H200: a prompt, a decode step, a capacity that the copy engine cannot take; and what the call itself would raise."""
+    """Traced for an H200: a prompt, a decode step of few rows and of many, a capacity that the copy engine cannot take; and what the call
+    itself would raise."""
 
-    def explain(T, capacity=1024, layers=None, **options):
-        cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(2, capacity, 2, 128, layers=layers))
-        arrays = [jax.ShapeDtypeStruct((2, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
+    def explain(T, capacity=1024, layers=None, B=2, **options):
+        cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(B, capacity, 2, 128, layers=layers))
+        arrays = [jax.ShapeDtypeStruct((B, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
         return flashcore_jax.explain_with_kv_cache(*arrays, cache, **options)
 
     with traced_for("NVIDIA H200"):
         assert explain(512).implementation == "mosaic_gpu"
         assert set(explain(512).handed_on) == {"backward"}
-        assert "few queries" in explain(1, layers=3, layer=1).handed_on["forward"]
+        assert "forward" not in explain(1, layers=3, layer=1).handed_on
+        assert "few queries" in explain(1, layers=3, layer=1, B=64).handed_on["forward"]
         assert "(a cache's S is its capacity) one is no multiple of 8" in explain(512, 1001).handed_on["forward"]
         assert explain(512, implementation="triton").implementation == "triton"
         with pytest.raises(OptionError, match="layer"):

@@ -83,6 +83,64 @@ def test_the_bits_are_those_of_triton(name):
         assert_right(got, oracle(arrays, **w.options))
 
 
+DECODES = {
+    "a row, one split": workload(1, 2048, 32, 8, B=1),
+    "a row, four splits": workload(1, 8192, 32, 8, B=1),
+    "four rows, two programs a multiprocessor": workload(1, 2048, 32, 8, B=4),
+    "eight query heads of a key head": workload(1, 2048, 16, 2, B=2),
+    "two tokens": workload(2, 4096, 16, 4, B=1),
+    "eight tokens, float16": workload(8, 1504, 2, 2, 64, "float16", B=1),
+    "seven query heads, capacity of no split": workload(1, 3000, 7, 1, B=1),
+    "head dim 256": workload(1, 2048, 8, 8, 256, B=1),
+    "head dims 64 and 128": workload(1, 2048, 8, 2, 64, Hv=128, B=1),
+    "window, soft cap, float16": workload(2, 4096, 8, 8, 128, "float16", B=1, local_window_size=(300, 0), logits_soft_cap=5.0),
+    "scale below 0": workload(1, 2048, 8, 2, B=1, scale=-0.3),
+    "splits of 1024": workload(1, 4096, 32, 8, B=1, split_size=1024),
+    "splits of 4096": workload(1, 5000, 32, 8, B=1, split_size=4096),
+}
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("name", DECODES)
+def test_decode_has_the_bits_of_triton(name):
+    """At lengths around every boundary, with NaN beyond them."""
+    w = DECODES[name]
+    query, key, value = inputs(w)[:3]
+    options = {name: x for name, x in w.options.items() if x is not None} | {"is_causal": True, "split_size": w.split_size}
+    assert "forward" not in flashcore_jax.explain(query, key, value, implementation="mosaic_gpu", **options).handed_on
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, length, fill):
+        lengths = jnp.full(w.B, length).at[-1].add(-(length // 3) * (w.B > 1))  # the last of several rows is shorter
+        beyond = jnp.arange(w.S)[:, None, None] >= lengths[:, None, None, None]
+        poisoned = (jnp.where(beyond, fill, x) for x in (key, value))
+        own = dict(query_seq_lengths=jnp.minimum(lengths, w.T), key_value_seq_lengths=lengths)
+        return flashcore_jax.attention(query, *poisoned, implementation=implementation, return_lse=True, **options, **own)
+
+    for length in (0, 1, 63, 64, 65, 1023, 1024, 1025, 2047, 2048, 2049, w.S // 2 + 3, w.S - 1, w.S):
+        if length <= w.S:
+            chex.assert_trees_all_equal(run("mosaic_gpu", length, jnp.nan), run("triton", length, 0))
+
+
+@pytest.mark.mosaic
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("T", [1, 2, 8])
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 5, 8, 64])
+def test_clusters_of_a_decode_are_resident_together(B, T, H):
+    """By the H100's own count (cudaOccupancyMaxActiveClusters): clusters of 2, 4, 8 programs, one or two a multiprocessor. One more would
+    wait for all others."""
+    from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+
+    resident = {(8, 1): 15, (4, 1): 30, (8, 2): 30, (4, 2): 62}
+    for S in (1024, 2048, 5000, 8192):
+        for N, K in ((32, 8), (8, 8), (8, 1), (7, 1)):
+            arrays = [jax.ShapeDtypeStruct((B, length, heads, H), jnp.bfloat16) for length, heads in ((T, N), (S, K), (S, K))]
+            plan = plan_for(problem_of(*arrays, is_causal=True), gpu_of("NVIDIA H100 80GB HBM3"))
+            if plan:
+                assert B * K * plan.splits <= resident[plan.programs, plan.at_once]
+                assert T * N // K == plan.rows <= 8
+
+
 @pytest.mark.hopper
 def test_what_lies_beyond_the_lengths_is_not_read():
     w = CALLS["lengths, causal, splits"]

@@ -48,6 +48,20 @@ CALLS = {
 }
 
 
+DECODES = {
+    "a row": workload(1, 1104, 8, 2, 128, is_causal=True),
+    "members of four, float16": workload(1, 1024, 4, 1, 64, "float16"),
+    "rows of other length": workload(1, 1304, 4, 2, 128, B=3, is_causal=True, query_seq_lengths=(1, 1, 0), key_value_seq_lengths=(1304, 77, 900)),
+    "no keys": workload(1, 1032, 3, 1, 128, B=2, is_causal=True, query_seq_lengths=(1, 1), key_value_seq_lengths=(0, 1)),
+    "splits": workload(2, 2504, 4, 1, 128, is_causal=True, split_size=1024),
+    "splits, lengths, a window": workload(
+        3, 2504, 2, 1, 128, B=2, split_size=1024, is_causal=True, local_window_size=(1100, 0), logits_soft_cap=5.0,
+        query_seq_lengths=(3, 2), key_value_seq_lengths=(2504, 1200),
+    ),
+    "head dims 128 and 256, scale below 0": workload(1, 1104, 2, 1, 128, Hv=256, scale=-0.2),
+}  # fmt: skip
+
+
 @pytest.fixture
 def simulated(monkeypatch):
     """(forward, backward) of the kernels, by the order in which warpgroups run."""
@@ -110,6 +124,22 @@ def test_rows_of_two_tiles_have_the_same_bits(simulated):
         return out[:, -128:], lse[:, :, -128:]
 
     chex.assert_trees_all_equal(last(128), last(328))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", DECODES)
+def test_decode(simulated, name, order):
+    from flashcore_jax.kernels.mosaic_gpu.decode import decode, plan_for
+
+    w = DECODES[name]
+    arrays = beyond_the_lengths(inputs(w), w, np.nan)
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
+    plan = plan_for(problem, gpu_of("NVIDIA H200"))
+    assert plan, "the call must be for this kernel"
+    simulated(order)
+    out, lse = decode(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, plan)
+    exact = oracle(arrays, **w.options)
+    assert_right(Results(out, lse.swapaxes(1, 2), *without_gradients(exact)), exact)
 
 
 def test_a_chunk_on_a_stacked_cache(simulated):

@@ -329,17 +329,17 @@ def _columns(x, start: int, width: int):
     return x if (start, width) == (0, x.shape[1]) else lax.slice(x, (0, start), (ROWS, start + width))
 
 
-def _finish(running_max, row_sum, first_query, lengths, overflowed):
+def _finish(running_max, row_sum, first_query, lengths, overflowed, group: int = 1):
     """`kernels.triton.forward.finish`, to be applied to the output's columns: their factor, the rows that are empty, what those
     hold, and the natural log-sum-exp."""
     ones = jnp.ones((ROWS,), jnp.float32)
-    queries = first_query + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=registers.ROW)
+    queries = first_query + quotient(plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=registers.ROW), group)
     empty = (row_sum == 0.0) | (queries >= lengths[0])
     row_sum = jnp.where(empty, ones, row_sum)
     factor, lse = 1.0 / row_sum, jnp.where(empty, -jnp.inf * ones, (running_max + jnp.log2(row_sum)) * online_softmax.LN_2)
     if overflowed is None:
         return factor, empty, jnp.float32(0), lse
-    nan = jnp.where(overflowed != 0, jnp.float32(jnp.nan), jnp.float32(0))
+    nan = jnp.where(overflowed, jnp.float32(jnp.nan), jnp.float32(0))
     factor, lse = factor + nan, lse + nan
     return factor, empty, nan, lse
 
@@ -350,8 +350,6 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
     closes = p.split_size is not None and p.S > p.split_size
     plan = _PLANS[max(p.H, p.Hv)]
     schedule = schedule_of(p, plan.queries, gpu.multiprocessors)
-    if rows.overflowed is not None:
-        rows = rows._replace(overflowed=rows.overflowed.astype(jnp.int32))
     width = min(p.Hv, _PIECE)
     out_tile = shared((plan.computing, ROWS, width), p.dtype)
     # Vectors are copied without regard to where an array ends.

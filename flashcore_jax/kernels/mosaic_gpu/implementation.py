@@ -1,6 +1,7 @@
-"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls forward, and backward where every query sees a key.
+"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls forward, decode of a few rows of the batch, and backward where every
+query sees a key.
 
-Everything else (decode, short calls, sizes that are no multiple of 8, append) is the Triton kernels', whose bits the forward has.
+Everything else (other decode, short calls, sizes that are no multiple of 8, append) is the Triton kernels', whose bits the forward has.
 What needs the route is imported when it is known to be there.
 """
 
@@ -46,11 +47,18 @@ def handed_on(problem: Problem) -> dict[str, str]:
         both = f"{size}one is below {_SHORTEST}"
     elif p.T % _ROWS or p.S % _ROWS:
         both = f"{size}one is no multiple of {_ROWS}"
-    forward = "few queries on many keys" if _suits_decode(p) else both
+    forward = None if _plan_for_decode(p) else "few queries on many keys" if _suits_decode(p) else both
     if forward is None and not _has_its_blocks(p):
         forward = f"the tiles in force add up keys in other blocks than {BLOCK}"
     steps = {"forward": forward, "backward": both or unsupported(p)}
     return {step: why for step, why in steps.items() if why}
+
+
+def _plan_for_decode(problem: Problem):
+    """How this route's decode shares out the call, or None where it is for another kernel."""
+    from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+
+    return plan_for(problem, target_gpu()) if _suits_decode(problem) else None
 
 
 def _has_its_blocks(problem: Problem) -> bool:
@@ -63,6 +71,10 @@ def forward(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     if "forward" in handed_on(problem):
         return triton.forward(query, key, value, rows, problem)
+    if plan := _plan_for_decode(problem):
+        from flashcore_jax.kernels.mosaic_gpu.decode import decode
+
+        return decode(query, key, value, rows, problem, plan)
     from flashcore_jax.kernels.mosaic_gpu.forward import forward
 
     return forward(query, key, value, rows, problem, target_gpu())

@@ -13,13 +13,17 @@ def is_recent_enough() -> bool:
     return jax.__version_info__ >= (0, 11)
 
 
-def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch):
-    """Runs `kernel` in so many programs of so many warpgroups; `lax.axis_index` gives the number of "program" and "warpgroup"."""
+def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_type, scratch, cluster: int | None = None):
+    """Runs `kernel` in so many programs of so many warpgroups; `lax.axis_index` gives the number of "program" and "warpgroup".
+
+    cluster: so many members instead of one program, each with its number "member", which reach each other's shared memory."""
     results = plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(programs,),
         grid_names=("program",),
+        cluster=() if cluster is None else (cluster,),
+        cluster_names=() if cluster is None else ("member",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=scratch,
@@ -32,5 +36,6 @@ def launch(kernel, *operands, name: str, programs: int, warpgroups: int, out_typ
 
 def shared(shape: tuple[int, ...], dtype):
     """A tile in shared memory, laid out as tensor cores and the copy engine like it."""
-    columns = _SWIZZLE // jax.numpy.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_SWIZZLE)))
+    size = jax.numpy.dtype(dtype).itemsize
+    swizzle = min(_SWIZZLE, shape[-1] * size)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)))

@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from flashcore_jax.kernels.mosaic_gpu.schedule import ROWS
-from flashcore_jax.masks import Band, BlockRange, visible_keys
+from flashcore_jax.masks import Band, BlockRange, quotient, visible_keys
 
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
@@ -65,10 +65,10 @@ def uniform_range(blocks: BlockRange, offset=0) -> BlockRange:
     return BlockRange(*(uniform(at + offset) for at in (blocks.start, blocks.unmasked_start, blocks.unmasked_stop, blocks.stop)))
 
 
-def seen(shape, first_row, first_column, lengths, band: Band):
+def seen(shape, first_row, first_column, lengths, band: Band, group: int = 1):
     """Whether a tile's row sees its column, of rows below their length: (own length, others' length). A bound per row, and one
-    comparison for each number, where `masks.visible` has one for every condition."""
-    rows = first_row + plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW)
+    comparison for each number, where `masks.visible` has one for every condition. group: so many of the tile's rows are one."""
+    rows = first_row + quotient(plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW), group)
     if band.right is None:  # further than any key; a bound that is one number for all rows finds no layout (jax 0.11.2)
         band = Band(band.left, lengths[0])
     first, last = visible_keys(rows, *lengths, band)

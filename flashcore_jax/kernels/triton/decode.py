@@ -30,6 +30,7 @@ from flashcore_jax.rows import Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
+_MERGING = Tile(0, 0, num_warps=4, num_stages=1)
 _LONG_CHAIN = 16  # blocks of a split, from which on it pays to compute the scores in a kernel of their own
 _CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
 
@@ -159,7 +160,9 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
         store(max_ref, partial.running_max, rows=exist)
 
 
-def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: int, programs: Programs, cut: Cut, count: int):
+def _merge_kernel(
+    acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: int, programs: Programs, per_split: int, splits: int, count: int
+):
     *row_refs, out_ref, lse_ref = refs
     p = problem
     row = row_of(row_refs, p)
@@ -167,8 +170,8 @@ def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: i
     rows, queries, head, span = _rows_of(row_tile * count, count, p)
     hv = column_chunks(p.Hv)
     exist = rows < p.T * p.G
-    first, end = splits_of(visible_blocks(*span, *row.lengths, p.band, block_k), cut.per_split)
-    at_once = min(_MERGED_AT_ONCE, cut.splits)
+    first, end = splits_of(visible_blocks(*span, *row.lengths, p.band, block_k), per_split)
+    at_once = min(_MERGED_AT_ONCE, splits)
 
     def partial(split):
         there = exist & (split < end)
@@ -178,9 +181,7 @@ def _merge_kernel(acc_ref, sum_ref, max_ref, *refs, problem: Problem, block_k: i
         )
 
     def add(group, total):
-        for found in [partial(first + group * at_once + i) for i in range(at_once)]:
-            total = online_softmax.merge(total, found)
-        return total
+        return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)])
 
     nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
     total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
@@ -228,11 +229,6 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
 
         return programs.spec((None, None, None, tile.block_q, *columns), at)
 
-    def every_row(programs):
-        """The specs of out [B, T * N, Hv] and lse [B, T * N]."""
-        rows = p.T * p.N
-        return [programs.spec((None, rows, padded(p.Hv)), lambda b, t, k: (b, 0, 0)), programs.spec((None, rows), lambda b, t, k: (b, 0))]
-
     if cut.scores_first:
         left = _scores_first(query, key, rows, p, tiles.decode)
         left_specs = [
@@ -245,7 +241,6 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
             programs.spec((None, p.T * p.N, padded(p.H)), lambda b, t, k: (b, 0, 0)),
             key_spec(programs, p, tile.block_k, padded(p.H), lambda t, k: (k, 0)),
         ]
-    out_shape = [((p.B, p.T * p.N, p.Hv), query.dtype), ((p.B, p.T * p.N), jnp.float32)]
     partial_shape = (p.B, p.K, cut.splits, p.T * p.G)
     found = launch(
         functools.partial(_split_kernel, problem=p, programs=programs, cut=cut),
@@ -253,28 +248,51 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
         name="flashcore_decode",
         grid=programs.grid,
         in_specs=[*left_specs, key_spec(programs, p, tile.block_k, width, lambda t, k: (k, cut.split(t)[2])), *row_specs(programs, p)],
-        out_specs=every_row(programs) if cut.splits == 1 else [per_split(width), per_split(), per_split()],
-        out_shape=out_shape if cut.splits == 1 else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
+        out_specs=_every_row(programs, p) if cut.splits == 1 else [per_split(width), per_split(), per_split()],
+        out_shape=_out_shape(p) if cut.splits == 1 else [((*partial_shape, *last), jnp.float32) for last in ((p.Hv,), (), ())],
         tile=tile,
     )
     if cut.splits > 1:
-        # One number a thread where many sums are held at once, four where few are.
-        count = max(1, 128 * (4 if cut.splits <= 8 else 1) // pl.next_power_of_2(padded(p.Hv)))
-        merges = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
-        statistic = merges.spec((None, None, cut.splits, count), lambda b, t, k: (b, k, 0, t))
-        acc = merges.spec((None, None, cut.splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
-        found = launch(
-            functools.partial(_merge_kernel, problem=p, block_k=tile.block_k, programs=merges, cut=cut, count=count),
-            *(*found, *rows.arrays),
-            name="flashcore_merge",
-            grid=merges.grid,
-            in_specs=[acc, statistic, statistic, *row_specs(merges, p)],
-            out_specs=every_row(merges),
-            out_shape=out_shape,
-            tile=dataclasses.replace(tile, num_warps=4, num_stages=1),
-        )
-    out, lse = found
+        return merge(found, rows, p, tile.block_k, cut.per_split, cut.splits)
+    return _by_query(found, p)
+
+
+def _every_row(programs: Programs, problem: Problem):
+    """The specs of out [B, T * N, Hv] and lse [B, T * N]."""
+    rows = problem.T * problem.N
+    return [programs.spec((None, rows, padded(problem.Hv)), lambda b, t, k: (b, 0, 0)), programs.spec((None, rows), lambda b, t, k: (b, 0))]
+
+
+def _out_shape(problem: Problem):
+    p = problem
+    return [((p.B, p.T * p.N, p.Hv), p.dtype), ((p.B, p.T * p.N), jnp.float32)]
+
+
+def _by_query(found, problem: Problem):
+    p, (out, lse) = problem, found
     return out.reshape(p.B, p.T, p.N, p.Hv), lse.reshape(p.B, p.T, p.N).swapaxes(1, 2)
+
+
+def merge(partials, rows: Rows, problem: Problem, block_k: int, per_split: int, splits: int):
+    """Adds up what splits of so many key blocks have found: acc float32[B, K, splits, T * G, Hv], row_sum and running_max without Hv.
+    (There may be more than T * G rows.) Returns what `decode` does."""
+    p = problem
+    # One number a thread where many sums are held at once, four where few are.
+    count = max(1, 128 * (4 if splits <= 8 else 1) // pl.next_power_of_2(padded(p.Hv)))
+    programs = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
+    statistic = programs.spec((None, None, splits, count), lambda b, t, k: (b, k, 0, t))
+    acc = programs.spec((None, None, splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
+    found = launch(
+        functools.partial(_merge_kernel, problem=p, block_k=block_k, programs=programs, per_split=per_split, splits=splits, count=count),
+        *(*partials, *rows.arrays),
+        name="flashcore_merge",
+        grid=programs.grid,
+        in_specs=[acc, statistic, statistic, *row_specs(programs, p)],
+        out_specs=_every_row(programs, p),
+        out_shape=_out_shape(p),
+        tile=_MERGING,
+    )
+    return _by_query(found, p)
 
 
 def _scores_first(query, key, rows: Rows, problem: Problem, tile: Tile):

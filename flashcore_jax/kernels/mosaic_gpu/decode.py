@@ -1,0 +1,269 @@
+"""Decode on Hopper of a few rows, where a program for every split leaves most of the GPU idle: clusters of programs share a split.
+
+Each program of a cluster computes the scores of a part of the split's keys. When all know all maxima it turns them into weights, which it
+writes to the shared memory of all others; and then each adds up its own columns of value. So the chain of a split's blocks, which nothing
+can shorten while its additions keep their order, is one of small products alone. The additions are those of kernels/triton/decode.py,
+to the bit.
+
+Source: Dao et al., "Flash-Decoding for long-context inference" (2023); clusters that share a split are this package's (docs/tuning.md).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flashcore_jax.kernels.mosaic_gpu import fragments, registers
+from flashcore_jax.kernels.mosaic_gpu.forward import _finish, _nothing
+from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
+from flashcore_jax.kernels.mosaic_gpu.registers import over_columns
+from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS
+from flashcore_jax.kernels.triton.decode import merge
+from flashcore_jax.kernels.triton.forward import part_of
+from flashcore_jax.logits import log2_scale_of, scores_of
+from flashcore_jax.masks import quotient, remainder, visible_blocks
+from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows, row_of, told
+from flashcore_jax.tuning.gpus import Gpu
+
+_GROUP = 4  # blocks of values that are fetched together: the copy engine takes 256 rows at a time
+_SHORTEST = 1024  # keys
+_MULTIPLE = 16  # blocks of a split: four maxima for each lane of a quad
+_NARROWEST = 16  # columns of value: a program's
+_MOST_STAGES = 8
+_SHARED = 228 * 1024  # bytes of a multiprocessor's memory, 1 KiB of each program's for the driver
+_BARRIERS = 2048  # bytes for them, and for alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    computing: int  # warpgroups; one more fetches
+    programs: int  # of a cluster
+    per_split: int  # key blocks of a split
+    splits: int
+    rows: int  # real ones
+    columns: int  # of value, a program's
+    stages: int  # places in shared memory, for a block of keys or a group of values
+    at_once: int  # programs that a multiprocessor must hold
+
+    @property
+    def blocks(self) -> int:
+        """Whose scores a program computes."""
+        return self.per_split // self.programs
+
+
+def plan_for(problem: Problem, gpu: Gpu) -> Plan | None:
+    """How a call is shared out, or None where it is not for this kernel."""
+    p = problem
+    rows = p.T * p.G
+    if p.split_size is None or rows > fragments.REAL_ROWS or p.S < _SHORTEST or p.S % 8:  # the copy engine takes 8 keys at a time
+        return None
+    splits, blocks = pl.cdiv(p.S, p.split_size), pl.cdiv(min(p.split_size, p.S), BLOCK)
+    # All clusters at once, or not at all. A cluster lies within a part of the GPU, of 16 or 18 multiprocessors: an H100 of 132 holds 15
+    # clusters of 8 programs and 30 of 4 where a program fills a multiprocessor, twice as many where it fills half of one.
+    for programs, at_once, computing in ((8, 1, 4), (4, 1, 4), (4, 2, 1)):
+        per_split = pl.cdiv(blocks, _MULTIPLE) * _MULTIPLE
+        columns = p.Hv // programs
+        if (splits > 1 and per_split != blocks) or columns < _NARROWEST:
+            continue
+        if p.B * p.K * splits * programs * 10 > gpu.multiprocessors * at_once * 9:
+            continue
+        others = ROWS * (p.H * 2 + columns * 4 + 8) + per_split * (fragments.weights_of(rows) + fragments.scores_of(rows) // programs) * 4
+        others += rows * (per_split + fragments.PAD) * 4 + _BARRIERS
+        stages = min((_SHARED // at_once - 1024 - others) // _place(p, columns), _MOST_STAGES)
+        if stages >= 2:
+            return Plan(computing, programs, per_split, splits, rows, columns, stages, at_once)
+    return None
+
+
+def _place(problem: Problem, columns: int) -> int:
+    """The bytes of a stage."""
+    return max(BLOCK * problem.H, _GROUP * BLOCK * columns) * 2
+
+
+def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
+    p, stages = problem, plan.stages
+    number_of_outputs = 2 if plan.splits == 1 else 3
+    row_refs, refs = refs[: sum(told(p))], refs[sum(told(p)) :]
+    out_refs, refs = refs[:number_of_outputs], refs[number_of_outputs:]
+    q_smem, (k_smem, v_smem), scores_smem, highest_smem, weights_smem, out_smem, *statistics_smem, q_full, full, free = refs
+    program, member, warpgroup = (lax.axis_index(name) for name in ("program", "member", "warpgroup"))
+    head, split = quotient(program, plan.splits), remainder(program, plan.splits)
+    b, kv_head = quotient(head, p.K), remainder(head, p.K)
+    row = row_of(row_refs, p, b)
+    lengths = tuple(map(jnp.int32, row.lengths))
+    first = split * plan.per_split
+    start, stop = part_of(visible_blocks(jnp.int32(0), p.T, *lengths, p.band, BLOCK), split, plan.per_split)
+    # From here on blocks are counted from the split's first.
+    start, stop = start - first, jnp.maximum(stop, start) - first
+    own_first = member * plan.blocks
+    own_start, own_stop = (jnp.clip(at - own_first, 0, plan.blocks) for at in (start, stop))
+    first_group = quotient(start, _GROUP)
+    groups = jnp.where(start < stop, quotient(stop + (_GROUP - 1), _GROUP) - first_group, 0)
+    # What a program fetches, in this order: its blocks of keys, then all groups of values.
+    keys = own_stop - own_start
+    both = keys + groups
+    of_keys, of_values = pl.ds(0, BLOCK), pl.ds(0, _GROUP * BLOCK)  # of a place that has room for either
+
+    @pl.when(warpgroup == plan.computing)
+    def _():
+        def fetch(number, _):
+            slot = remainder(number, stages)
+
+            @pl.when(number >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            @pl.when(number < keys)
+            def _():
+                at = pl.ds((first + own_first + own_start + number) * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(k_ref.at[(*row.layer, b, at, kv_head)], k_smem.at[slot, of_keys], full.at[slot])
+
+            @pl.when(number >= keys)
+            def _():
+                at = pl.ds((first + (first_group + number - keys) * _GROUP) * BLOCK, _GROUP * BLOCK)
+                columns = pl.ds(member * plan.columns, plan.columns)
+                plgpu.copy_gmem_to_smem(v_ref.at[(*row.layer, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
+
+        real = pl.ds(0, fragments.REAL_ROWS)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, real], q_smem.at[real], q_full)
+        before = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met
+        lax.fori_loop(jnp.int32(0), before, fetch, None)
+        fragments.meet()
+        fragments.meet()
+        lax.fori_loop(before, both, fetch, None)
+
+    @pl.when(warpgroup < plan.computing)
+    def _():
+        plgpu.barrier_wait(q_full)
+
+        def look_at(number, _):
+            slot = remainder(number, stages)
+            plgpu.barrier_wait(full.at[slot])
+
+            @pl.when(remainder(number, plan.computing) == warpgroup)
+            def _():
+                products = registers.finished(registers.inner_products(q_smem, k_smem.at[slot, of_keys]), wait_n=0)
+                scores, log2_scale = scores_of(products, p.scale, p.logits_soft_cap, registers.tanh)
+                own = own_start + number
+                block = own_first + own
+                seen = registers.seen((ROWS, BLOCK), 0, (first + block) * BLOCK, lengths, p.band, p.G)
+                scores = jnp.where(seen, scores, -jnp.inf)
+                fragments.keep(scores_smem, highest_smem, scores, own, block, log2_scale, plan.rows, plan.programs)
+
+            plgpu.barrier_arrive(free.at[slot])
+
+        lax.fori_loop(jnp.int32(0), keys, look_at, None)
+        fragments.meet()
+        fragments.weigh(
+            scores_smem, highest_smem, weights_smem, warpgroup, plan.computing, member, start, stop,
+            log2_scale_of(p.scale, p.logits_soft_cap), p.dtype, plan.rows, plan.programs,
+        )  # fmt: skip
+        fragments.meet()
+
+        @pl.when(warpgroup > 0)
+        def _():
+            def skip(number, _):
+                slot = remainder(number, stages)
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+
+            lax.fori_loop(keys, both, skip, None)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            def add_group(number, sums):
+                slot, group = remainder(number, stages), first_group + number - keys
+                plgpu.barrier_wait(full.at[slot])
+                values = v_smem.at[slot, of_values]
+                _hide(values, (first + group * _GROUP) * BLOCK, lengths, p)
+                begin, end = jnp.maximum(start, group * _GROUP), jnp.minimum(stop, (group + 1) * _GROUP)
+
+                def add(count: int, block, sums):
+                    of_blocks = pl.ds((block - group * _GROUP) * BLOCK, count * BLOCK)
+                    return fragments.add(*sums, weights_smem, values.at[of_blocks], block, p.dtype, plan.rows)
+
+                whole = jnp.where(end - begin == _GROUP, 1, 0)
+                sums = lax.fori_loop(jnp.int32(0), whole, lambda _, sums: add(_GROUP, begin, sums), sums)
+                sums = lax.fori_loop(begin + whole * _GROUP, end, functools.partial(add, 1), sums)
+                plgpu.barrier_arrive(free.at[slot])
+                return sums
+
+            no_acc, _, no_sum = _nothing(dataclasses.replace(p, Hv=plan.columns))
+            acc, row_sum = lax.fori_loop(keys, both, add_group, (no_acc, no_sum))
+            running_max = fragments.highest(highest_smem, start, stop, plan.rows)
+            row_sum = registers.quad_sum(row_sum)
+            if plan.splits == 1:
+                factor, empty, nothing, lse = _finish(running_max, row_sum, 0, lengths, row.overflowed, p.G)
+                acc = jnp.where(over_columns(empty, plan.columns), jnp.full(acc.shape, nothing), acc * over_columns(factor, plan.columns))
+                statistics, at = (lse,), (b, kv_head)
+            else:
+                statistics, at = (row_sum, running_max), (b, kv_head, split)
+            out_smem[...] = acc.astype(out_smem.dtype)
+            for smem, x in zip(statistics_smem, statistics, strict=True):
+                smem[...] = x
+            plgpu.commit_smem()
+            real, columns = pl.ds(0, fragments.REAL_ROWS), pl.ds(member * plan.columns, plan.columns)
+            plgpu.copy_smem_to_gmem(out_smem.at[real], out_refs[0].at[(*at, real, columns)])
+
+            @pl.when(member == 0)
+            def _():
+                for smem, ref in zip(statistics_smem, out_refs[1:], strict=True):
+                    plgpu.copy_smem_to_gmem(smem.at[real], ref.at[at])
+
+            plgpu.wait_smem_to_gmem(0)
+
+
+def _hide(values, first_key, lengths, problem: Problem):
+    """Makes values beyond the row's length 0: 0 times what lies there would be NaN, if that is."""
+    if not problem.key_lengths:
+        return
+
+    @pl.when(first_key + _GROUP * BLOCK > lengths[1])
+    def _():
+        for i in range(_GROUP):
+            block = values.at[pl.ds(i * BLOCK, BLOCK)]
+            is_key = registers.iota(block.shape, 0) < lengths[1] - first_key - i * BLOCK
+            block[...] = jnp.where(is_key, plgpu.load(block, layout=registers.TILE, optimized=False), jnp.zeros(block.shape, block.dtype))
+        plgpu.commit_smem()
+
+
+def decode(query, key, value, rows: Rows, problem: Problem, plan: Plan):
+    """As `forward.forward`: the output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
+    p, real = problem, fragments.REAL_ROWS
+    query = query.reshape(p.B, p.T, p.K, p.G, p.H).swapaxes(1, 2).reshape(p.B, p.K, plan.rows, p.H)
+    place = _place(p, plan.columns) // 2
+    splits = () if plan.splits == 1 else (plan.splits,)
+    out = jax.ShapeDtypeStruct((p.B, p.K, *splits, plan.rows, p.Hv), jnp.float32 if splits else query.dtype)
+    # Vectors are copied without regard to where an array ends.
+    statistics = [jax.ShapeDtypeStruct((p.B, p.K, *splits, real), jnp.float32)] * (2 if splits else 1)
+    found = launch(
+        functools.partial(_kernel, problem=p, plan=plan),
+        *(query, key, value, *rows.arrays),
+        name="flashcore_decode",
+        programs=p.B * p.K * plan.splits,
+        cluster=plan.programs,
+        warpgroups=plan.computing + 1,
+        out_type=(out, *statistics),
+        scratch=[
+            shared((ROWS, p.H), p.dtype),
+            plgpu.RefUnion(*(shared((plan.stages, place // columns, columns), p.dtype) for columns in (p.H, plan.columns))),
+            plgpu.SMEM((plan.blocks * fragments.scores_of(plan.rows),), jnp.float32),
+            plgpu.SMEM((plan.rows, plan.per_split + fragments.PAD), jnp.float32),
+            plgpu.SMEM((plan.per_split * fragments.weights_of(plan.rows),), jnp.float32),
+            shared((ROWS, plan.columns), out.dtype),
+            *[plgpu.SMEM((ROWS,), jnp.float32)] * len(statistics),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=plan.stages),
+            plgpu.Barrier(num_arrivals=plan.computing, num_barriers=plan.stages),
+        ],
+    )
+    if splits:
+        return merge(found, rows, p, BLOCK, plan.per_split, plan.splits)
+    out, lse = found
+    out = out.reshape(p.B, p.K, p.T, p.G, p.Hv).swapaxes(1, 2).reshape(p.B, p.T, p.N, p.Hv)
+    return out, lse[:, :, : plan.rows].reshape(p.B, p.K, p.T, p.G).swapaxes(2, 3).reshape(p.B, p.N, p.T)
