@@ -76,6 +76,12 @@ def sees_any(i, own_length, other_length, band: Band):
     return (i < own_length) & (first <= last)
 
 
+def seeing(own_length, other_length, band: Band):
+    """The queries for which `sees_any` holds: [first, stop), where that is not empty."""
+    first = 0 if band.right is None else jnp.maximum(own_length - other_length - band.right, 0)
+    return first, own_length * jnp.clip(other_length, 0, 1)
+
+
 def visible_blocks(start, size: int, own_length, other_length, band: Band, block: int) -> BlockRange:
     """The blocks of `block` keys that the tile of queries [start, start + size) must visit.
 

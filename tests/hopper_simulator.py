@@ -406,6 +406,12 @@ def _plus_parked(ref, tile, of_parked, of_tile):
     return _parked(ref, tile) * of_parked[:, None] + tile * of_tile[:, None]
 
 
+def _clear_rows(ref: Ref, first, stop):
+    for row in range(ref.shape[0]):
+        if not first <= row < stop:
+            ref.at[row][...] = 0
+
+
 def _over_columns(row, columns: int):
     return np.broadcast_to(row[:, None], (len(row), columns))
 
@@ -488,6 +494,7 @@ _INSTRUCTIONS = {
         add_to_parked=lambda ref, *arguments: _park(ref, _plus_parked(ref, *arguments)),
         plus_parked=_plus_parked,
         times_parked=lambda ref, tile: _parked(ref, tile) * tile,
+        clear_rows=_clear_rows,
     ),
     plgpu: dict(
         barrier_arrive=_barrier_arrive,

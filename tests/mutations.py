@@ -251,6 +251,28 @@ MUTATIONS = {
         (Edit(_HOPPER_BACKWARD, "(0, -p.T % (_DQ[max(p.H, p.Hv)].computing * ROWS))", "(0, 0)"),),
         (_simulated("causal-at random"),),
     ),
+    "Hopper backward: queries beyond the length are multiplied": Mutation(
+        (Edit(_HOPPER_BACKWARD, "                if masked and _may_see_no_key(p):\n", "                if False:\n"),),
+        (_simulated("lengths-at random"), _simulated("head dim 256, more queries than keys, causal-at random")),
+    ),
+    "Hopper backward: keys beyond the length become 0 for threads alone": Mutation(
+        (
+            Edit(
+                "kernels/mosaic_gpu/registers.py",
+                "            clear_rows(tile, first, stop)\n        plgpu.commit_smem()",
+                "            clear_rows(tile, first, stop)",
+            ),
+        ),
+        (_simulated("keys' lengths alone, causal-at random"),),
+    ),
+    "Hopper backward: the sums of keys beyond the length are theirs": Mutation(
+        (Edit(_HOPPER_BACKWARD, "registers.only((0, keys), first_key, x * factor) if p.key_lengths else x * factor", "x * factor"),),
+        (_simulated("lengths, head dim 256-at random"),),
+    ),
+    "Hopper backward: deltas of queries that see no key": Mutation(
+        (Edit(_HOPPER_BACKWARD, "jnp.where(lse == -jnp.inf, 0.0, delta)", "delta"),),
+        (_simulated("more queries than keys, causal-at random"),),
+    ),
     "Hopper backward: probabilities are read before they are handed on": Mutation(
         (Edit(_HOPPER_BACKWARD, "        plgpu.barrier_wait(p_full.at[place])\n", ""),),
         (_simulated("head dim 256, splits-fetching first"),),

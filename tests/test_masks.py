@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashcore_jax.masks import Band, sees_any, visible, visible_blocks
+from flashcore_jax.masks import Band, seeing, sees_any, visible, visible_blocks
 
 BANDS = [Band(left, right) for left in (None, 0, 1, 5, 40) for right in (None, 0, 1, 5, 40)]
 
@@ -57,6 +57,8 @@ def test_visible_and_sees_any(band):
             np.testing.assert_array_equal(visible(j[:, None], i, key_length, query_length, band.transposed), expected.T)
             np.testing.assert_array_equal(sees_any(i, query_length, key_length, band), expected.any(axis=1))
             np.testing.assert_array_equal(sees_any(j, key_length, query_length, band.transposed), expected.any(axis=0))
+            first, stop = seeing(query_length, key_length, band)
+            np.testing.assert_array_equal((i >= first) & (i < stop), expected.any(axis=1))
 
 
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (4, 4), (8, 4), (4, 8), (5, 3), (16, 16)])

@@ -24,7 +24,8 @@ def workload(T, S, N=4, K=2, H=128, dtype="bfloat16", B=2, Hv=None, **options) -
     return Workload("mosaic", B, T, S, N, K, H, Hv or H, dtype, **options)
 
 
-_LENGTHS = {"query_seq_lengths": (400, 0, 77, 1), "key_value_seq_lengths": (704, 650, 65, 0)}
+_LENGTHS = {"query_seq_lengths": (400, 0, 277, 1), "key_value_seq_lengths": (704, 650, 265, 0)}
+_PADDED = {"query_seq_lengths": (1000, 633, 97), "key_value_seq_lengths": (1000, 633, 97)}
 CALLS = {
     "causal": workload(1000, 1000, is_causal=True),
     "full": workload(704, 904),
@@ -55,6 +56,10 @@ CALLS = {
     "head dim 256, everything": workload(
         400, 704, 6, 2, 256, B=4, is_causal=True, split_size=128, local_window_size=(200, 64), logits_soft_cap=5.0, **_LENGTHS
     ),
+    "more queries than keys, causal, head dim 256": workload(520, 272, H=256, is_causal=True),
+    "lengths that end in a block, causal": workload(1000, 1000, 8, 2, B=3, is_causal=True, **_PADDED),
+    "lengths that end in a block, head dim 64, float16": workload(1000, 1000, 8, 2, 64, "float16", B=3, **_PADDED),
+    "lengths that end in a block, head dim 256, causal": workload(1000, 1000, 4, 2, 256, B=3, is_causal=True, **_PADDED),
     "head dim 256, float16, full": workload(264, 1000, H=256, dtype="float16"),
     "head dim 256, groups": workload(520, 712, 6, 2, 256, is_causal=True),
     "head dim 256, soft cap, groups, window": workload(
@@ -68,7 +73,7 @@ CALLS = {
 @pytest.mark.hopper
 @pytest.mark.parametrize("name", CALLS)
 def test_the_bits_are_those_of_triton(name):
-    """Of output and log-sum-exp. The gradients are right, where their additions have another order, and else Triton's too."""
+    """Of output and log-sum-exp. The gradients, whose additions have another order, are right."""
     w = CALLS[name]
     arrays = inputs(w)
     mosaic, triton = (
@@ -76,11 +81,10 @@ def test_the_bits_are_those_of_triton(name):
         for implementation in ("mosaic_gpu", "triton")
     )
     got = evaluate(mosaic, arrays, **w.options)
-    if any(lengths is not None for lengths in w.lengths.values()):
-        chex.assert_trees_all_equal(got, evaluate(triton, arrays, **w.options))
-    else:
-        chex.assert_trees_all_equal(tuple(got[:2]), jax.jit(functools.partial(triton, return_lse=True, **w.options))(*arrays[:3]))
-        assert_right(got, oracle(arrays, **w.options))
+    lengths = {name: None if x is None else jnp.asarray(x) for name, x in w.lengths.items()}
+    static = {name: x for name, x in w.options.items() if name not in lengths}
+    chex.assert_trees_all_equal(tuple(got[:2]), jax.jit(functools.partial(triton, return_lse=True, **static))(*arrays[:3], **lengths))
+    assert_right(got, oracle(arrays, **w.options))
 
 
 DECODES = {
@@ -142,23 +146,25 @@ def test_clusters_of_a_decode_are_resident_together(B, T, H):
 
 
 @pytest.mark.hopper
-def test_what_lies_beyond_the_lengths_is_not_read():
-    w = CALLS["lengths, causal, splits"]
-    query, key, value = inputs(w)[:3]
-    lengths = {name: jnp.asarray(length) for name, length in w.lengths.items()}
-    run = jax.jit(
-        functools.partial(flashcore_jax.attention, implementation="mosaic_gpu", is_causal=True, split_size=w.split_size, return_lse=True)
-    )
-
-    def beyond(x, length, fill):
-        return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[:, :, None, None], x, fill)
+@pytest.mark.parametrize("name", [name for name, w in CALLS.items() if w.query_seq_lengths or name.startswith("more queries")])
+def test_what_lies_beyond_the_lengths_changes_nothing(name):
+    """Nor do the cotangents of queries that see no key, in any bit of output and gradients."""
+    w = CALLS[name]
+    arrays = inputs(w)
+    empty = np.isneginf(oracle(arrays, **w.options).exact.lse).any(axis=2)
+    beyond_keys = np.arange(w.S) >= np.asarray(w.key_value_seq_lengths or [w.S] * w.B)[:, None]
+    beyond_queries = np.arange(w.T) >= np.asarray(w.query_seq_lengths or [w.T] * w.B)[:, None]
+    run = functools.partial(flashcore_jax.attention, implementation="mosaic_gpu", split_size=w.split_size)
 
     def filled(fill):
-        of_query, of_keys = lengths["query_seq_lengths"], lengths["key_value_seq_lengths"]
-        return run(beyond(query, of_query, fill), beyond(key, of_keys, fill), beyond(value, of_keys, fill), **lengths)
+        where = beyond_queries, beyond_keys, beyond_keys, empty, empty
+        there = (rows.reshape(*rows.shape, *[1] * (x.ndim - 2)) for x, rows in zip(arrays, where, strict=True))
+        return evaluate(run, type(arrays)(*(jnp.where(at, fill, x) for x, at in zip(arrays, there, strict=True))), **w.options)
 
     clean = filled(0)
-    chex.assert_tree_all_finite(clean[0])
+    chex.assert_tree_all_finite(clean._replace(lse=jnp.exp(clean.lse)))
+    for gradient, nothing in zip(clean[2:], (empty, beyond_keys, beyond_keys), strict=True):
+        np.testing.assert_array_equal(gradient[nothing], 0.0)
     for poison in (jnp.nan, jnp.inf):
         chex.assert_trees_all_equal(filled(poison), clean)
 

@@ -23,13 +23,14 @@ def workload(T, S, N=2, K=1, H=64, dtype="bfloat16", B=1, Hv=None, **options) ->
 
 
 _LENGTHS = {"B": 4, "query_seq_lengths": (200, 0, 77, 1), "key_value_seq_lengths": (264, 136, 65, 0)}
+_SHORT = {"query_seq_lengths": (328, 200, 73), "key_value_seq_lengths": (30, 136, 64)}
 _EVERYTHING = {"is_causal": True, "split_size": 128, "local_window_size": (100, 40), "logits_soft_cap": 5.0}
 CALLS = {
     "causal": workload(264, 264, 4, 2, is_causal=True),
     "full, head dim 128": workload(200, 264, H=128),
     "a multiple of every tile": workload(384, 256, 1, 1),
     "136 queries, float16": workload(136, 128, H=128, dtype="float16", is_causal=True),
-    "more queries than keys, causal": workload(328, 136, is_causal=True),
+    "more queries than keys, causal": workload(328, 144, is_causal=True),
     "more keys than queries, causal, splits": workload(136, 456, 4, 1, is_causal=True, split_size=128),
     "splits, head dim 128": workload(200, 520, H=128, split_size=256),
     "window (50, 0)": workload(264, 264, is_causal=True, local_window_size=(50, 0)),
@@ -45,6 +46,16 @@ CALLS = {
     "head dim 256, splits": workload(136, 328, 4, 2, 256, is_causal=True, split_size=128),
     "head dim 256, everything": workload(200, 264, H=256, **_EVERYTHING, **_LENGTHS),
     "head dim 256, everything but lengths": workload(200, 264, H=256, **_EVERYTHING),
+    "queries' lengths alone": workload(200, 136, B=3, query_seq_lengths=(200, 0, 129)),
+    "keys' lengths alone, causal": workload(200, 264, B=3, is_causal=True, key_value_seq_lengths=(264, 137, 63)),
+    "lengths 0 and 1": workload(136, 136, B=4, query_seq_lengths=(1, 0, 1, 64), key_value_seq_lengths=(1, 1, 0, 64)),
+    "lengths, groups, more queries than keys, causal": workload(328, 136, 4, 2, B=3, is_causal=True, **_SHORT),
+    "lengths, window (30, 20), head dim 128": workload(328, 136, H=128, B=3, local_window_size=(30, 20), **_SHORT),
+    "lengths, head dim 256": workload(200, 264, 4, 2, 256, **_LENGTHS),
+    "lengths, head dim 256, more queries than keys, causal, float16": workload(
+        328, 136, H=256, dtype="float16", B=3, is_causal=True, **_SHORT
+    ),
+    "head dim 256, more queries than keys, causal": workload(272, 136, H=256, is_causal=True),
 }
 
 
@@ -79,19 +90,22 @@ def simulated(monkeypatch):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CALLS)
 def test_output_log_sum_exp_and_gradients(simulated, name, order):
-    from flashcore_jax.kernels.mosaic_gpu.backward import unsupported
-
     w = CALLS[name]
     arrays = beyond_the_lengths(inputs(w), w, np.nan)
     problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
     forward, backward = simulated(order)
-    out, lse = forward(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, GPU)
+    rows = Rows(*map(int32, w.lengths.values()))
+    out, lse = forward(*arrays[:3], rows, problem, GPU)
     exact = oracle(arrays, **w.options)
-    if unsupported(problem):
-        gradients = without_gradients(exact)
-    else:
-        gradients = backward(*arrays[:3], out, lse, arrays.out_cotangent, arrays.lse_cotangent.swapaxes(1, 2), problem, GPU)
+    # What a query that sees no key has there must not count either.
+    empty, dout, dlse = np.isneginf(exact.exact.lse), arrays.out_cotangent, arrays.lse_cotangent
+    residuals = (jnp.where(empty[..., None], jnp.nan, out), lse)
+    cotangents = (jnp.where(empty[..., None], jnp.nan, dout), jnp.where(empty, jnp.nan, dlse).swapaxes(1, 2))
+    gradients = backward(*arrays[:3], rows, *residuals, *cotangents, problem, GPU)
     assert_right(Results(out, lse.swapaxes(1, 2), *gradients), exact)
+    unseen = (exact.exact.dvalue == 0).all(axis=-1)
+    for gradient, nothing in zip(gradients, (empty, unseen, unseen), strict=True):
+        np.testing.assert_array_equal(gradient[nothing], 0.0)
 
 
 def without_gradients(exact: Oracle):

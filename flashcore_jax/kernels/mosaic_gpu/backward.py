@@ -1,4 +1,4 @@
-"""Attention backward on Hopper: two kernels, no atomics, as kernels/triton/backward.py, of calls in which every query sees a key.
+"""Attention backward on Hopper: two kernels, no atomics, as kernels/triton/backward.py.
 
 `dkdv` holds 128 keys of a key/value head, 64 to each of two warpgroups, and walks over the queries of every head of the group;
 `dq` holds 192 queries of a head, 64 to each of three, and walks over the keys. One more warpgroup fetches. Scores of `dkdv` stand
@@ -6,6 +6,9 @@ transposed, so that probabilities and their gradients are left operands as they 
 
 Of head dim 256 `dq` holds 128 queries and `dkdv` 64 keys, whose two sums do not fit one warpgroup's registers: the first computes the
 probabilities and sums up dvalue, the second receives them through shared memory, computes ds and sums up dkey.
+
+What lies beyond a row's lengths, and the cotangents of queries that see no key, may be NaN. As rows of a tile they spoil their own sums,
+which are 0 in the end; where products add them up, they become 0 in shared memory.
 
     p = exp2(scores * log2_scale - lse),   ds = p * (dout @ value - delta),   delta = rowsum(dout * out) - dlse
     dvalue = p^T @ dout,   dkey = scale * ds^T @ query,   dquery = scale * ds @ key
@@ -27,9 +30,10 @@ from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
 from flashcore_jax.kernels.mosaic_gpu.registers import as_tile
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blocks_of, schedule_of
 from flashcore_jax.logits import scores_of, times_slope
-from flashcore_jax.masks import Band, BlockRange, quotient, remainder
+from flashcore_jax.masks import Band, BlockRange, quotient, remainder, seeing
 from flashcore_jax.online_softmax import LOG2_E
 from flashcore_jax.problem import Problem
+from flashcore_jax.rows import Rows, row_of, told
 from flashcore_jax.tuning.gpus import Gpu
 
 
@@ -53,24 +57,32 @@ _DQ = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 2
 
 def unsupported(problem: Problem) -> str | None:
     p = problem
-    if p.dtype not in ("float16", "bfloat16") or not ({p.H, p.Hv} <= {64, 128} or p.H == p.Hv == 256):
-        return "16-bit inputs of head dims 64, 128 and 256 only"
-    if p.query_lengths or p.key_lengths or (p.T > p.S and p.band.right is not None):
-        return "queries that see no key are for the Triton kernels"
-    return None
+    takes = p.dtype in ("float16", "bfloat16") and ({p.H, p.Hv} <= {64, 128} or p.H == p.Hv == 256)
+    return None if takes else "16-bit inputs of head dims 64, 128 and 256 only"
+
+
+def _may_see_no_key(problem: Problem) -> bool:
+    """Whether there may be queries that see none, as those beyond a length."""
+    p = problem
+    return p.query_lengths or p.key_lengths or (p.band.right is not None and p.T - p.S > p.band.right)
+
+
+def _lengths_of(row_refs, problem: Problem, b):
+    """Valid queries and keys of row b, which cost no registers where they are known."""
+    return tuple(x if isinstance(x, int) else registers.uniform(x) for x in row_of(row_refs, problem, b).lengths)
 
 
 def _range_of(first, size: int, lengths: tuple[int, int], band: Band, inside: BlockRange | None = None) -> BlockRange:
     return registers.uniform_range(blocks_of(first, size, tuple(map(jnp.int32, lengths)), band, inside))
 
 
-def _walk(blocks: BlockRange, visit, carry, others: int, band: Band):
-    """Over the blocks in order, of `others` rows; a loop with masks stands only where there can be something to mask."""
+def _walk(blocks: BlockRange, visit, carry, ends_in_a_block: bool, band: Band):
+    """Over the blocks in order; a loop with masks stands only where there can be something to mask."""
     unmasked_start, unmasked_stop = blocks.start, blocks.stop
     if band.left is not None:
         unmasked_start = jnp.clip(blocks.unmasked_start, blocks.start, blocks.stop)
         carry = lax.fori_loop(blocks.start, unmasked_start, functools.partial(visit, masked=True), carry)
-    ends_masked = band.right is not None or others % BLOCK != 0
+    ends_masked = band.right is not None or ends_in_a_block
     if ends_masked:
         unmasked_stop = jnp.clip(blocks.unmasked_stop, unmasked_start, blocks.stop)
     carry = lax.fori_loop(unmasked_start, unmasked_stop, functools.partial(visit, masked=False), carry)
@@ -114,8 +126,9 @@ def _zeros(size: int):
     return as_tile(jnp.zeros((ROWS, size), jnp.float32))
 
 
-def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *scratch, problem, schedule, plan):
+def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, problem, schedule, plan):
     p, stages = problem, plan.stages
+    row_refs, (dk_ref, dv_ref, *scratch) = refs[: sum(told(p))], refs[sum(told(p)) :]
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *handed_on, own_full, own_free, full, free = scratch
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     band, width = p.band.transposed, plan.tiles * ROWS
@@ -126,7 +139,7 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
 
         def fetch_tile(turn, fetched):
             b, kv_head, first_key = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_key, width, (p.S, p.T), band)
+            blocks = _range_of(first_key, width, _lengths_of(row_refs, p, b)[::-1], band)
             for i in range(plan.tiles):
 
                 @pl.when(turn > 0)
@@ -166,9 +179,10 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
         def compute_tile(turn, fetched):
             fetched = registers.uniform(fetched)
             b, kv_head, first_key = schedule.tile(table_ref, program, turn)
-            everyone = _range_of(first_key, width, (p.S, p.T), band)
+            queries, keys = _lengths_of(row_refs, p, b)
+            everyone = _range_of(first_key, width, (keys, queries), band)
             first_key += own * ROWS
-            blocks = _range_of(first_key, ROWS, (p.S, p.T), band, everyone) if plan.tiles > 1 else everyone
+            blocks = _range_of(first_key, ROWS, (keys, queries), band, everyone) if plan.tiles > 1 else everyone
             count = everyone.stop - everyone.start
 
             def number_of(g, block):
@@ -182,15 +196,17 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
             def visit_block(g, block, so_far, masked):
                 number = number_of(g, block)
                 slot = remainder(number, stages)
-                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_key, block * BLOCK, (p.S, p.T), band) if masked else None
+                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_key, block * BLOCK, (keys, queries), band) if masked else None
                 plgpu.barrier_wait(full.at[slot])
+                if masked and _may_see_no_key(p):
+                    registers.clear((q_smem.at[slot], do_smem.at[slot]), block * BLOCK, seeing(queries, keys, p.band))
                 so_far = visit(number, slot, seen, *so_far)
                 plgpu.barrier_arrive(free.at[slot])
                 return so_far
 
             def visit_head(g, so_far):
                 lax.fori_loop(everyone.start, blocks.start, functools.partial(skip, g), None)
-                so_far = _walk(blocks, functools.partial(visit_block, g), so_far, p.T, band)
+                so_far = _walk(blocks, functools.partial(visit_block, g), so_far, p.query_lengths or p.T % BLOCK != 0, band)
                 lax.fori_loop(blocks.stop, everyone.stop, functools.partial(skip, g), None)
                 return so_far
 
@@ -198,7 +214,8 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
             zeros = tuple(_zeros(smem.shape[-1]) for smem, *_ in sums)
             results = lax.fori_loop(jnp.int32(0), jnp.int32(p.G), visit_head, zeros)
             for (smem, ref, factor), x in zip(sums, results, strict=True):
-                smem.at[own][...] = (x * factor).astype(p.dtype)
+                x = registers.only((0, keys), first_key, x * factor) if p.key_lengths else x * factor
+                smem.at[own][...] = x.astype(p.dtype)
                 plgpu.commit_smem()
 
                 @pl.when(first_key >= 0)
@@ -269,8 +286,9 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_
             for_tiles(0, visit, the_sum)
 
 
-def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, *scratch, problem, schedule, plan):
+def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, problem, schedule, plan):
     p = problem
+    row_refs, (dq_ref, *scratch) = refs[: sum(told(p))], refs[sum(told(p)) :]
     q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, own_full, own_free, k_full, k_free, v_full, v_free = scratch
     rings = ((k_ref, k_smem, k_full, k_free, plan.stages), (v_ref, v_smem, v_full, v_free, plan.value_stages or plan.stages))
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
@@ -282,7 +300,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
 
         def fetch_tile(turn, fetched):
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_query, width, (p.T, p.S), p.band)
+            blocks = _range_of(first_query, width, _lengths_of(row_refs, p, b), p.band)
             for w in range(plan.computing):
 
                 @pl.when(turn > 0)
@@ -319,9 +337,10 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
         def compute_tile(turn, fetched):
             fetched = registers.uniform(fetched)
             b, n, first_query = schedule.tile(table_ref, program, turn)
-            everyone = _range_of(first_query, width, (p.T, p.S), p.band)
+            lengths = _lengths_of(row_refs, p, b)
+            everyone = _range_of(first_query, width, lengths, p.band)
             first_query += warpgroup * ROWS
-            blocks = _range_of(first_query, ROWS, (p.T, p.S), p.band, everyone)
+            blocks = _range_of(first_query, ROWS, lengths, p.band, everyone)
 
             def slots_of(block):
                 return [remainder(fetched + (block - everyone.start), stages) for *_, stages in rings]
@@ -338,8 +357,10 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
                 of_key, of_value = slots_of(block)
                 plgpu.barrier_wait(k_full.at[of_key])
                 plgpu.barrier_wait(v_full.at[of_value])
+                if masked and p.key_lengths:
+                    registers.clear((k_smem.at[of_key], v_smem.at[of_value]), block * BLOCK, (0, lengths[1]))
                 lse, delta = (registers.over_columns(x, BLOCK) for x in of_row)
-                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_query, block * BLOCK, (p.T, p.S), p.band) if masked else None
+                seen = functools.partial(registers.seen, (ROWS, BLOCK), first_query, block * BLOCK, lengths, p.band) if masked else None
 
                 own = registers.uniform(warpgroup)  # said here, within the loop: see there
 
@@ -353,9 +374,12 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
                 return dq
 
             lax.fori_loop(everyone.start, blocks.start, skip, None)
-            dq = _walk(blocks, visit, _zeros(p.H), p.S, p.band)
+            dq = _walk(blocks, visit, _zeros(p.H), p.key_lengths or p.S % BLOCK != 0, p.band)
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
-            q[...] = (dq * p.scale).astype(p.dtype)
+            dq = dq * p.scale
+            if _may_see_no_key(p):
+                dq = registers.only(seeing(*lengths, p.band), first_query, dq)
+            q[...] = dq.astype(p.dtype)
             plgpu.commit_smem()
 
             @pl.when(first_query >= 0)
@@ -370,13 +394,15 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_re
         plgpu.wait_smem_to_gmem(0)
 
 
-def backward(query, key, value, out, lse, dout, dlse, problem: Problem, gpu: Gpu):
+def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Problem, gpu: Gpu):
     """The gradients of query, key and value. lse and dlse float32[B, N, T]."""
     p = problem
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
+    if _may_see_no_key(p):
+        delta = jnp.where(lse == -jnp.inf, 0.0, delta)
     # Vectors are copied without regard to where an array ends.
     beyond = ((0, 0), (0, 0), (0, -p.T % (_DQ[max(p.H, p.Hv)].computing * ROWS)))
-    operands = (query, key, value, dout, jnp.pad(lse * LOG2_E, beyond), jnp.pad(delta, beyond))
+    operands = (query, key, value, dout, jnp.pad(lse * LOG2_E, beyond), jnp.pad(delta, beyond), *rows.arrays)
 
     def run(kernel, name: str, plan: _Plan, schedule: Schedule, outputs, scratch):
         return launch(

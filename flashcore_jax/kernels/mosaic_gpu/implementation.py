@@ -1,5 +1,4 @@
-"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls forward, decode of a few rows of the batch, and backward where every
-query sees a key.
+"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls, forward and backward, and decode of a few rows of the batch.
 
 Everything else (other decode, short calls, sizes that are no multiple of 8, append) is the Triton kernels', whose bits the forward has.
 What needs the route is imported when it is known to be there.
@@ -86,4 +85,4 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
         return triton.backward(query, key, value, rows, out, lse, dout, dlse, problem)
     from flashcore_jax.kernels.mosaic_gpu.backward import backward
 
-    return backward(query, key, value, out, lse, dout, dlse, problem, target_gpu())
+    return backward(query, key, value, rows, out, lse, dout, dlse, problem, target_gpu())

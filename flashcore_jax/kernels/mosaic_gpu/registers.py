@@ -13,6 +13,7 @@ import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
@@ -233,6 +234,48 @@ def times_parked(ref, tile):
         return _like(tile, _from_vectors(tile, [arith.mulf(_parked(address, x), x) for address, _, x in _vectors(ref, tile)]))
 
     return run(ref, tile)
+
+
+def clear(tiles, first_row, live):
+    """The rows of a block's tiles in shared memory that are none of `live`, [first, stop), become 0, so that products may add them up."""
+    first, stop = (at - first_row for at in live)
+
+    @pl.when((first > 0) | (stop < ROWS))
+    def _():
+        for tile in tiles:
+            clear_rows(tile, first, stop)
+        plgpu.commit_smem()
+
+
+def only(live, first_row, tile):
+    """The same of a tile in registers."""
+    rows = first_row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    return jnp.where(over_columns((rows >= live[0]) & (rows < live[1]), tile.shape[1]), tile, jnp.zeros_like(tile))
+
+
+def clear_rows(ref, first, stop):
+    """The rows of a 16-bit tile in shared memory, 64 of them, that are not in [first, stop) become 0. 64 numbers of a row at a time lie
+    together, and the swizzle moves them among themselves; two threads write a row."""
+
+    @plgpu.inline_mgpu(arg_types=(_SHARED, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    def run(_, ref, first, stop):
+        i32, kind = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type)
+        (_, pieces, rows, columns), (strides, _) = kind.shape, kind.get_strides_and_offset()
+        # Computed here: ahead of a loop it would cost registers, of which there are none to spare.
+        thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        row, half = (arith.andi(x, mgpu.c(n - 1, i32)) for x, n in ((arith.shrui(thread, mgpu.c(1, i32)), ROWS), (thread, 2)))
+        place = arith.divui(row, mgpu.c(rows, i32)), arith.remui(row, mgpu.c(rows, i32)), half
+        at = mgpu.utils.dyn_dot(place, [mgpu.c(n, i32) for n in (strides[0], strides[2], columns // 2)])
+        address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], kind.element_type)
+        before = arith.cmpi(arith.CmpIPredicate.slt, row, first.registers.item())
+        behind = arith.cmpi(arith.CmpIPredicate.sge, row, stop.registers.item())
+        with mgpu.utils.when(arith.ori(before, behind)):
+            zeros = vector.broadcast(ir.VectorType.get((_VECTOR,), i32), mgpu.c(0, i32))
+            for piece in range(pieces):
+                for i in range(0, columns // 2, 8):
+                    llvm.store(zeros, mgpu.utils.getelementptr(address, [piece * strides[1] + i], kind.element_type), alignment=_VECTOR * 4)
+
+    run(ref, first, stop)
 
 
 def _tile_like(tile):
