@@ -226,6 +226,14 @@ MUTATIONS = {
         ),
         (_simulated("causal-at random"),),
     ),
+    "Hopper: warpgroups that a piece does not use write": Mutation(
+        (Edit(_HOPPER, "@pl.when(first_query < schedule.rows)", "@pl.when(first_query >= 0)"),),
+        ("tests/test_mosaic_simulated.py::test_pieces_of_tiles_have_the_same_bits[{}]",),
+    ),
+    "Hopper: no tile breaks into pieces": Mutation(
+        (Edit("kernels/mosaic_gpu/schedule.py", "_CLOSE = 1.01", "_CLOSE = 2"),),
+        ("tests/test_mosaic.py::test_the_longest_program_of_a_cell[P7]", "tests/test_mosaic.py::test_the_longest_program_of_a_cell[P9]"),
+    ),
     "Hopper backward: its own rows are let go too early": Mutation(
         (
             Edit(
@@ -248,7 +256,7 @@ MUTATIONS = {
         (_simulated("head dim 256, splits-fetching first"),),
     ),
     "Hopper backward: vectors are not padded": Mutation(
-        (Edit(_HOPPER_BACKWARD, "(0, -p.T % (_DQ[max(p.H, p.Hv)].computing * ROWS))", "(0, 0)"),),
+        (Edit(_HOPPER_BACKWARD, "(0, -p.T % ROWS + ROWS)", "(0, 0)"),),
         (_simulated("causal-at random"),),
     ),
     "Hopper backward: queries beyond the length are multiplied": Mutation(
@@ -284,8 +292,8 @@ def run_tests(edits: tuple[Edit, ...], tests: tuple[str, ...]) -> subprocess.Com
     """Runs `tests` in a copy of the package with `edits` made."""
     with tempfile.TemporaryDirectory() as copy:
         copy = pathlib.Path(copy)
-        for folder in ("flashcore_jax", "tests"):
-            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in ("flashcore_jax", "tests", "benchmarks"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         for edit in edits:
             path = copy / "flashcore_jax" / edit.file

@@ -11,6 +11,7 @@ import pytest
 from conftest import on_gpu
 
 import flashcore_jax
+from benchmarks.workloads import PREFILL
 from flashcore_jax import KVCache, Unsupported, implementations
 from flashcore_jax.kernels.mosaic_gpu import implementation
 from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
@@ -243,6 +244,39 @@ def test_without_a_gpu_it_says_so():
     assert implementations.explain(None).implementation == "xla"
 
 
+def transposed(p):
+    """What dkdv's tiles are dealt out of, as in backward.py."""
+    return dataclasses.replace(p, T=p.S, S=p.T, N=p.K, H=p.Hv, Hv=p.H, band=p.band.transposed)
+
+
+def turns_of(schedule) -> list[np.ndarray]:
+    """Of each program its turns' (row of the batch, head, first row, rows), as the kernels read them."""
+    table = jnp.asarray(schedule.table)
+    counts = schedule.table[:, 0] * schedule.at_once
+    programs = np.repeat(np.arange(schedule.programs, dtype=np.int32), counts)
+    turns = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    tiles = np.stack(schedule.tile(table, jnp.asarray(programs), jnp.asarray(turns)), axis=1)
+    return np.split(tiles, np.cumsum(counts)[:-1])
+
+
+def assert_every_row_once(problem, schedule, warpgroups: int):
+    tiles = np.concatenate(turns_of(schedule))
+    assert np.isin(tiles[:, 3], 64 * np.arange(1, warpgroups + 1)).all()
+    found = sorted((b, n, row) for b, n, first, rows in tiles.tolist() for row in range(first, first + rows, 64))
+    assert found == [(b, n, row) for b in range(problem.B) for n in range(problem.N) for row in range(0, problem.T, 64)]
+
+
+def work_of(problem, schedule, warpgroups: int) -> np.ndarray:
+    """Of each program, in keys that all warpgroups of a tile compute together; one of three alone is taken for half as fast."""
+    p, work = problem, []
+    for mine in turns_of(schedule):
+        first, last = mine[:, 2], np.minimum(mine[:, 2] + mine[:, 3], p.T) - 1
+        low = 0 if p.band.left is None else np.maximum(first + p.S - p.T - p.band.left, 0)
+        high = p.S if p.band.right is None else np.minimum(last + p.S - p.T + p.band.right + 1, p.S)
+        work.append(np.sum((high - low) * (1 + mine[:, 3] // 64) / (1 + warpgroups) + 256))
+    return np.array(work)
+
+
 @pytest.mark.parametrize(
     ("T", "B", "N", "H", "is_causal"),
     [(192, 1, 1, 128, True), (1000, 3, 7, 128, True), (4096, 4, 32, 128, True), (5000, 2, 16, 64, False), (4096, 4, 8, 256, True),
@@ -251,19 +285,38 @@ def test_without_a_gpu_it_says_so():
 def test_every_tile_is_computed_once_and_no_program_has_much_more_to_do(T, B, N, H, is_causal):
     arrays = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, N, N)]
     problem = problem_of(*arrays, is_causal=is_causal)
-    schedule = schedule_of(problem, queries=192, programs=132)
-    table = jnp.asarray(schedule.table)
-    turns = schedule.table[:, 0] * schedule.at_once
-    numbers = jnp.arange(turns.max(), dtype=jnp.int32)
-    tiles = jax.jit(
-        jax.vmap(lambda program: jax.vmap(lambda turn: jnp.stack(schedule.tile(table, program, turn)))(numbers))
-    )(jnp.arange(schedule.programs, dtype=jnp.int32))  # fmt: skip
-    tiles = [np.asarray(mine[:count]) for mine, count in zip(tiles, turns, strict=True)]
-    found = sorted(map(tuple, np.concatenate(tiles).tolist()))
-    # The tile that is not full is the cheapest: of a causal call the first.
-    before = -T // 64 * 64 % 192 if is_causal else 0
-    assert found == [(b, n, first) for b in range(B) for n in range(N) for first in range(-before, T, 192)]
-    assert before % 64 == 0
-    assert not is_causal or max(found)[2] + 192 - T < 64
-    work = [np.sum((np.minimum(mine[:, 2] + 192, T) if is_causal else T) + 256) for mine in tiles]
-    assert max(work) <= np.mean(work) + schedule.at_once * (T + 256) / 2  # list scheduling is sure to keep twice that
+    for p, warpgroups in ((problem, 3), (transposed(problem), 2), (problem, 1)):
+        schedule = schedule_of(p, warpgroups, programs=132)
+        assert_every_row_once(p, schedule, warpgroups)
+        work = work_of(p, schedule, warpgroups)
+        piece = T * 2 / (1 + warpgroups) + 256  # of one warpgroup
+        assert max(work) <= np.mean(work) + schedule.at_once * piece
+        # A head's tile that is not full is the cheapest: of a causal call the first, of its keys the last.
+        (whole,) = turns_of(schedule_of(p, warpgroups, programs=1))
+        narrow = whole[whole[:, 3] < 64 * warpgroups]
+        assert (narrow[:, 2] == 0 if p.band.right is not None else narrow[:, 2] + narrow[:, 3] >= T).all()
+        assert len(narrow) == (B * N if -(-T // 64) % warpgroups else 0)
+
+
+# By how much the longest program of 132 may have more to do than the mean, had all tiles stayed whole: forward and dq, dkdv. P7's
+# 4,096 pieces of 64 rows are 31.03 for a program, so that one has 32; P9's dkdv has 256 for 132.
+LONGEST = {f"P{i}": (1.02, 1.02) for i in range(1, 11)} | {"P7": (1.04, 1.04), "P9": (1.03, 1.36)}
+
+
+@pytest.mark.mosaic
+@pytest.mark.parametrize("cell", PREFILL, ids=lambda cell: cell.name)
+def test_the_longest_program_of_a_cell(cell):
+    from flashcore_jax.kernels.mosaic_gpu import backward, forward
+
+    query, key = (jax.ShapeDtypeStruct(shape, cell.dtype) for shape in (cell.query_shape, cell.key_shape))
+    problem = problem_of(query, key, key, **cell.options)
+    kernels = {  # whose tiles are dealt out, and of how many warpgroups they are
+        "forward": (problem, forward._PLANS[cell.H].computing),
+        "dkdv": (transposed(problem), backward._DKDV[cell.H].tiles),
+        "dq": (problem, backward._DQ[cell.H].computing),
+    }
+    for name, (p, warpgroups) in kernels.items():
+        schedule = schedule_of(p, warpgroups, programs=132)
+        assert_every_row_once(p, schedule, warpgroups)
+        whole = np.mean(work_of(p, schedule_of(p, warpgroups, programs=1), warpgroups)) / 132
+        assert max(work_of(p, schedule, warpgroups)) <= whole * LONGEST[cell.name][name == "dkdv"], name

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flashcore_jax import KVCache
+from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
 from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows, int32
 from flashcore_jax.testing import Oracle, Results, Workload, assert_right, inputs, oracle
@@ -154,6 +155,28 @@ def test_decode(simulated, name, order):
     out, lse = decode(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, plan)
     exact = oracle(arrays, **w.options)
     assert_right(Results(out, lse.swapaxes(1, 2), *without_gradients(exact)), exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (100, 30)}], ids=str)
+def test_pieces_of_tiles_have_the_same_bits(simulated, options):
+    """With many multiprocessors tiles break into pieces, whose warpgroups stand anywhere, and some of them idle; with one they do not."""
+    w = workload(456, 456, 2, 1, split_size=256, **options)
+    arrays = inputs(w)
+    problem = problem_of(*arrays[:3], split_size=w.split_size, **options)
+    forward, backward = simulated("at random")
+
+    def run(multiprocessors: int):
+        gpu = dataclasses.replace(GPU, multiprocessors=multiprocessors)
+        out, lse = forward(*arrays[:3], Rows(), problem, gpu)
+        return out, lse, *backward(*arrays[:3], Rows(), out, lse, arrays.out_cotangent, arrays.lse_cotangent.swapaxes(1, 2), problem, gpu)
+
+    whole = run(1)
+    for multiprocessors in (7, 16):
+        chex.assert_trees_all_equal(run(multiprocessors), whole)
+    for warpgroups in (2, 3):
+        table = schedule_of(problem, warpgroups, 16).table
+        found = [(number // w.N // warpgroups, number // w.N % warpgroups + 1) for row in table for number in row[1 : 1 + row[0]]]
+        assert any(0 < start and start + used < 8 and used < warpgroups for start, used in found), "no piece from within a head"
 
 
 def test_a_chunk_on_a_stacked_cache(simulated):

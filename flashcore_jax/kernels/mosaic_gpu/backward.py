@@ -131,24 +131,24 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
     row_refs, (dk_ref, dv_ref, *scratch) = refs[: sum(told(p))], refs[sum(told(p)) :]
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, *handed_on, own_full, own_free, full, free = scratch
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    band, width = p.band.transposed, plan.tiles * ROWS
+    band = p.band.transposed
 
     @pl.when(warpgroup == plan.computing)
     def _():
         plgpu.set_max_registers(plan.fetching, action="decrease")
 
         def fetch_tile(turn, fetched):
-            b, kv_head, first_key = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_key, width, _lengths_of(row_refs, p, b)[::-1], band)
+            b, kv_head, first_key, keys = schedule.tile(table_ref, program, turn)
+            blocks = _range_of(first_key, keys, _lengths_of(row_refs, p, b)[::-1], band)
             for i in range(plan.tiles):
 
                 @pl.when(turn > 0)
                 def _(i=i):
                     plgpu.barrier_wait(own_free.at[i])
 
-                keys = pl.ds(jnp.maximum(first_key + i * ROWS, 0), ROWS)
+                rows = pl.ds(schedule.part(first_key, keys, i), ROWS)
                 for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
-                    plgpu.copy_gmem_to_smem(ref.at[b, keys, kv_head], smem.at[i], own_full.at[i])
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, kv_head], smem.at[i], own_full.at[i])
 
             def fetch(head, block, fetched):
                 slot = remainder(fetched, stages)
@@ -178,10 +178,10 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
 
         def compute_tile(turn, fetched):
             fetched = registers.uniform(fetched)
-            b, kv_head, first_key = schedule.tile(table_ref, program, turn)
+            b, kv_head, first_key, size = schedule.tile(table_ref, program, turn)
             queries, keys = _lengths_of(row_refs, p, b)
-            everyone = _range_of(first_key, width, (keys, queries), band)
-            first_key += own * ROWS
+            everyone = _range_of(first_key, size, (keys, queries), band)
+            first_key = schedule.part(first_key, size, own)
             blocks = _range_of(first_key, ROWS, (keys, queries), band, everyone) if plan.tiles > 1 else everyone
             count = everyone.stop - everyone.start
 
@@ -218,7 +218,7 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
                 smem.at[own][...] = x.astype(p.dtype)
                 plgpu.commit_smem()
 
-                @pl.when(first_key >= 0)
+                @pl.when(first_key < schedule.rows)
                 def _(smem=smem, ref=ref):
                     plgpu.copy_smem_to_gmem(smem.at[own], ref.at[b, pl.ds(first_key, ROWS), kv_head])
 
@@ -292,22 +292,25 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
     q_smem, do_smem, lse_smem, delta_smem, k_smem, v_smem, own_full, own_free, k_full, k_free, v_full, v_free = scratch
     rings = ((k_ref, k_smem, k_full, k_free, plan.stages), (v_ref, v_smem, v_full, v_free, plan.value_stages or plan.stages))
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    width = plan.computing * ROWS
+
+    def part_of(first, queries, w):
+        """`schedule.part`, but no further beyond than the vectors are padded."""
+        return jnp.where(w * ROWS < queries, first + w * ROWS, schedule.rows)
 
     @pl.when(warpgroup == plan.computing)
     def _():
         plgpu.set_max_registers(plan.fetching, action="decrease")
 
         def fetch_tile(turn, fetched):
-            b, n, first_query = schedule.tile(table_ref, program, turn)
-            blocks = _range_of(first_query, width, _lengths_of(row_refs, p, b), p.band)
+            b, n, first_query, queries = schedule.tile(table_ref, program, turn)
+            blocks = _range_of(first_query, queries, _lengths_of(row_refs, p, b), p.band)
             for w in range(plan.computing):
 
                 @pl.when(turn > 0)
                 def _(w=w):
                     plgpu.barrier_wait(own_free.at[w])
 
-                rows = pl.ds(jnp.maximum(first_query + w * ROWS, 0), ROWS)
+                rows = pl.ds(part_of(first_query, queries, w), ROWS)
                 for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[w], own_full.at[w])
                 for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
@@ -336,10 +339,10 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
 
         def compute_tile(turn, fetched):
             fetched = registers.uniform(fetched)
-            b, n, first_query = schedule.tile(table_ref, program, turn)
+            b, n, first_query, queries = schedule.tile(table_ref, program, turn)
             lengths = _lengths_of(row_refs, p, b)
-            everyone = _range_of(first_query, width, lengths, p.band)
-            first_query += warpgroup * ROWS
+            everyone = _range_of(first_query, queries, lengths, p.band)
+            first_query = part_of(first_query, queries, warpgroup)
             blocks = _range_of(first_query, ROWS, lengths, p.band, everyone)
 
             def slots_of(block):
@@ -382,7 +385,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
             q[...] = dq.astype(p.dtype)
             plgpu.commit_smem()
 
-            @pl.when(first_query >= 0)
+            @pl.when(first_query < schedule.rows)
             def _():
                 plgpu.copy_smem_to_gmem(q, dq_ref.at[b, pl.ds(first_query, ROWS), n])
 
@@ -400,8 +403,8 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
     if _may_see_no_key(p):
         delta = jnp.where(lse == -jnp.inf, 0.0, delta)
-    # Vectors are copied without regard to where an array ends.
-    beyond = ((0, 0), (0, 0), (0, -p.T % (_DQ[max(p.H, p.Hv)].computing * ROWS)))
+    # Vectors are copied without regard to where an array ends, and dq's go one part further (`part_of`).
+    beyond = ((0, 0), (0, 0), (0, -p.T % ROWS + ROWS))
     operands = (query, key, value, dout, jnp.pad(lse * LOG2_E, beyond), jnp.pad(delta, beyond), *rows.arrays)
 
     def run(kernel, name: str, plan: _Plan, schedule: Schedule, outputs, scratch):
@@ -418,7 +421,7 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
     wide = max(p.H, p.Hv)
     plan = _DKDV[wide]
     transposed = dataclasses.replace(p, T=p.S, S=p.T, N=p.K, H=p.Hv, Hv=p.H, band=p.band.transposed)
-    schedule = schedule_of(transposed, plan.tiles * ROWS, gpu.multiprocessors)
+    schedule = schedule_of(transposed, plan.tiles, gpu.multiprocessors)
     handed_on = [plgpu.SMEM((2, ROWS * BLOCK), jnp.float32), *[plgpu.Barrier(num_barriers=2)] * 2] if plan.sharing > 1 else []
     dk, dv = run(
         *(_dkdv_kernel, "flashcore_dkdv", plan, schedule, (key, value)),
@@ -433,7 +436,7 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
         ],
     )
     plan = _DQ[wide]
-    schedule = schedule_of(p, plan.computing * ROWS, gpu.multiprocessors)
+    schedule = schedule_of(p, plan.computing, gpu.multiprocessors)
     rings = [(plan.stages, p.H), (plan.value_stages or plan.stages, p.Hv)]
     (dq,) = run(
         *(_dq_kernel, "flashcore_dq", plan, schedule, (query,)),

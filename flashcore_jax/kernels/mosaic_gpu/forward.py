@@ -1,8 +1,8 @@
 """Attention forward on Hopper: warpgroups that compute, one that fetches, programs that stay for one tile after the other.
 
-A program holds 192 queries of a head, 64 to each of three warpgroups (head dim 256: 128, two); one more brings the keys and values
-by the copy engine. A warpgroup issues the products of a block of keys and those of the last block's probabilities together; while it
-waits for them and computes its softmax, the others keep the tensor cores busy.
+A program holds 192 queries of a head, 64 to each of three warpgroups (head dim 256: 128, two), or a piece of such a tile; one more
+warpgroup brings the keys and values by the copy engine. A warpgroup issues the products of a block of keys and those of the last
+block's probabilities together; while it waits for them and computes its softmax, the others keep the tensor cores busy.
 
 The key grid, the splits and every addition are those of kernels/triton/forward.py, in the same order: the bits are the same.
 The running total of closed splits, which costs the Triton kernel its registers, rests in memory: shared where there is room.
@@ -43,10 +43,6 @@ class _Plan:
     stages: int  # blocks of keys, and of values, in shared memory
     total_in_shared: bool = True
 
-    @property
-    def queries(self) -> int:
-        return self.computing * ROWS
-
 
 _PLANS = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, total_in_shared=False)}  # by the wider head dim
 
@@ -74,10 +70,10 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         plgpu.set_max_registers(plan.fetching, action="decrease")
 
         def fetch_tile(turn, fetched):
-            b, n, first_query = schedule.tile(table_ref, program, turn)
+            b, n, first_query, queries = schedule.tile(table_ref, program, turn)
             row = row_of(row_refs, p, b)
             lengths = tuple(map(jnp.int32, row.lengths))
-            blocks = blocks_of(first_query, plan.queries, lengths, p.band)
+            blocks = blocks_of(first_query, queries, lengths, p.band)
             kv_head = quotient(n, p.G)
 
             def fetch(block, fetched):
@@ -101,7 +97,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                 def _(w=w):
                     plgpu.barrier_wait(q_free.at[w])
 
-                rows = pl.ds(jnp.maximum(first_query + w * ROWS, 0), ROWS)
+                rows = pl.ds(schedule.part(first_query, queries, w), ROWS)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_full.at[w])
             return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
 
@@ -117,11 +113,11 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             total, out_tile = total_ref.at[program, warpgroup] if closes else None, out_smem.at[warpgroup]
 
         def compute_tile(turn, fetched):
-            b, n, first_query = schedule.tile(table_ref, program, turn)
+            b, n, first_query, queries = schedule.tile(table_ref, program, turn)
             row = row_of(row_refs, p, b)
             lengths = tuple(map(jnp.int32, row.lengths))
-            everyone = blocks_of(first_query, plan.queries, lengths, p.band)
-            first_query += warpgroup * ROWS
+            everyone = blocks_of(first_query, queries, lengths, p.band)
+            first_query = schedule.part(first_query, queries, warpgroup)
             blocks = blocks_of(first_query, ROWS, lengths, p.band, everyone)
             # From here on blocks are counted so that their number tells their place in shared memory.
             offset = registers.uniform(remainder(fetched + (stages * pl.cdiv(p.S, BLOCK) - everyone.start), stages))
@@ -159,7 +155,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                     lse_smem[warpgroup] = lse
                 plgpu.commit_smem()
 
-                @pl.when(first_query >= 0)
+                @pl.when(first_query < schedule.rows)
                 def _(start=start):
                     plgpu.copy_smem_to_gmem(out_tile, out_ref.at[b, rows, n, pl.ds(start, width)])
                     if start == 0:
@@ -349,13 +345,13 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
     p = problem
     closes = p.split_size is not None and p.S > p.split_size
     plan = _PLANS[max(p.H, p.Hv)]
-    schedule = schedule_of(p, plan.queries, gpu.multiprocessors)
+    schedule = schedule_of(p, plan.computing, gpu.multiprocessors)
     width = min(p.Hv, _PIECE)
     out_tile = shared((plan.computing, ROWS, width), p.dtype)
     # Vectors are copied without regard to where an array ends.
     out_type = [
         jax.ShapeDtypeStruct((p.B, p.T, p.N, p.Hv), query.dtype),
-        jax.ShapeDtypeStruct((p.B, p.N, pl.cdiv(p.T, plan.queries) * plan.queries), jnp.float32),
+        jax.ShapeDtypeStruct((p.B, p.N, schedule.rows), jnp.float32),
     ]
     if closes and plan.total_in_shared:
         out_tile = plgpu.RefUnion(plgpu.SMEM((plan.computing, ROWS * p.Hv), jnp.float32), shared((2 * plan.computing, ROWS, p.Hv), p.dtype))

@@ -1,12 +1,13 @@
 """Which program computes which tiles of queries, decided when a call is traced.
 
 A program stays for many tiles, of very different length under a causal mask: dealt out in turns, the unluckiest program of a
-board's cell has up to 60 % more to do than the average one (P6), dealt out to whoever has least so far 8 % (P9, which has few tiles),
-in all others 3 % at most.
+board's cell has up to 60 % more to do than the average one (P6), so they are dealt out to whoever has least so far. Tiles that would
+make a program stay longer than the others must are dealt out in pieces, of fewer warpgroups.
 """
 
+import bisect
 import dataclasses
-import heapq
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +21,23 @@ BLOCK = 64  # keys that the forward adds up together, as every Triton tile of su
 _L2 = 32 * 2**20  # bytes of it that keys and values may count on
 _ENTRIES = 8192  # of a table, about: a larger one takes long to make, and is no better
 _BETWEEN = 256  # keys' worth of time that passes between two tiles
+# A block takes the time of the warpgroups that use it and of this many more: 2, 3 and 4 quarters for 1, 2 and 3 of three. Not measured:
+# bounded by 0, where the tensor cores are never idle, and by a block that takes as long however few use it. Programs of two warpgroups,
+# not three, took 0.75 of the time for a block (P7 of docs/tuning.md's prototypes, counting their rounds).
+_UNCOVERED = 1
+_CLOSE = 1.01  # to the mean: a longest program so close to it is let be
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    queries: int  # of a tile
-    before: int  # how many of the first tile's stand before query 0
+    warpgroups: int  # of a whole tile
+    rows: int  # of a head, in whole warpgroups
     heads: int  # of all rows of the batch
     N: int
     at_once: int  # heads in a row that an entry stands for
-    table: np.ndarray  # int32[programs, ...]: how many entries a program has, then each one's first head, and tile times heads
+    # int32[programs, ...]: how many entries a program has, then each one's first head + heads * piece, where a piece is
+    # (warpgroups in use - 1) + warpgroups * (its first row / ROWS).
+    table: np.ndarray
 
     @property
     def programs(self) -> int:
@@ -40,58 +48,100 @@ class Schedule:
         lax.fori_loop(jnp.int32(0), table_ref[program, 0] * self.at_once, run, jnp.int32(0))
 
     def tile(self, table_ref, program, turn):
-        """(row of the batch, head, first query) of a program's turn; the first query may be below 0."""
+        """(row of the batch, head, first query, queries) of a program's turn."""
         entry = quotient(turn, self.at_once)
         number = table_ref[program, 1 + entry] + (turn - entry * self.at_once)
-        tile = quotient(number, self.heads)
-        head = number - tile * self.heads
+        piece = quotient(number, self.heads)
+        head = number - piece * self.heads
         b = quotient(head, self.N)
-        return b, head - b * self.N, tile * self.queries - self.before
+        start = quotient(piece, self.warpgroups)
+        return b, head - b * self.N, start * ROWS, (piece - start * self.warpgroups + 1) * ROWS
+
+    def part(self, first, queries, warpgroup):
+        """The first query of a warpgroup's part of a tile; if the tile does not use it one beyond `rows`, where there is nothing to visit
+        and the copy engine finds zeros."""
+        return first + jnp.where(warpgroup * ROWS < queries, warpgroup * ROWS, self.rows)
 
 
-def blocks_of(first, size: int, lengths, band: Band, inside: BlockRange | None = None) -> BlockRange:
-    """The blocks that the rows [first, first + size) of a schedule's tile must visit, which may begin before row 0; of rows that are a
-    part of a tile, within the tile's blocks `inside`, which a range of no block may lie outside of. lengths: (own, others')."""
-    before = jnp.minimum(first, 0)
-    blocks = visible_blocks(first - before, size + before, *lengths, band, BLOCK)
+def blocks_of(first, size, lengths, band: Band, inside: BlockRange | None = None) -> BlockRange:
+    """The blocks that the rows [first, first + size) must visit; of rows that are a part of a tile, within the tile's blocks `inside`,
+    which a range of no block may lie outside of. lengths: (own, others')."""
+    blocks = visible_blocks(first, size, *lengths, band, BLOCK)
     if inside is None:
         return blocks
     start = jnp.clip(blocks.start, inside.start, inside.stop)
     return dataclasses.replace(blocks, start=start, stop=jnp.clip(blocks.stop, start, inside.stop))
 
 
-def schedule_of(problem: Problem, queries: int, programs: int) -> Schedule:
+def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     """Heads whose keys and values fit the L2 together are computed together; among them the longest tiles come first, each by
-    the program that has least to do so far. Lengths that only the call knows are taken to be full.
+    the program that has least to do so far. Lengths that only the call knows are taken to be full. The last heads that are computed
+    together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit, which is
+    searched for.
 
     Where a tile has the more to do the later it stands, the one that is not full is the first: of 4,096 causal queries in tiles of
     192 that saves one part in 18."""
     p = problem
-    before = 0 if p.band.right is None else -(-(-p.T // ROWS) * ROWS) % queries
+    parts = -(-p.T // ROWS)
+    edges = sorted({0, *range(0 if p.band.right is None else parts % warpgroups, parts, warpgroups), parts})
+    work = _work(p, warpgroups)
+    tiles = sorted(itertools.pairwise(edges), key=lambda tile: -work[tile[1] - tile[0]][tile[0]])
     heads, bytes_of_head = p.B * p.N, p.S * (p.H + p.Hv) * 2 // p.G
     together = max((n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_of_head <= _L2), default=1)
-    work = _work(p, queries, before)
-    entries = heads * len(work)
+    entries = heads * len(tiles)
     at_once = next(n for n in range(1, together + 1) if together % n == 0 and (entries <= n * _ENTRIES or n == together))
-    loads = [(0, program) for program in range(min(programs, entries // at_once))]
-    found = [[] for _ in loads]
-    for group in range(0, heads, together):
-        for tile in np.argsort(-work, kind="stable"):
-            for head in range(group, group + together, at_once):
-                load, program = loads[0]
-                heapq.heapreplace(loads, (load + int(work[tile]) * at_once, program))
-                found[program].append(int(tile) * heads + head)
+    *groups, last = ([(*tile, h) for tile in tiles for h in range(g, g + together, at_once)] for g in range(0, heads, together))
+    before = [(0, program) for program in range(min(programs, heads // at_once * parts))], []
+    for group in groups:
+        before = _dealt(*before, group, work)
+    best = _dealt(*before, last, work)
+    longest, least = best[0][-1][0], max(before[0][-1][0], sum(load for load, _ in best[0]) / len(best[0]))
+    while longest > least * _CLOSE:
+        limit = (least + longest) / 2
+        if dealt := _dealt(*before, last, work, limit):
+            best, longest = dealt, dealt[0][-1][0]
+        else:
+            least = limit
+    found = [[] for _ in best[0]]
+    for program, start, size, head in best[1]:
+        found[program].append((start * warpgroups + size - 1) * heads + head)
+    found = list(filter(None, found))
     table = np.zeros((len(found), 1 + max(map(len, found))), np.int32)
     for row, numbers in zip(table, found, strict=True):
         row[: 1 + len(numbers)] = len(numbers), *numbers
-    return Schedule(queries, before, heads, p.N, at_once, table)
+    return Schedule(warpgroups, parts * ROWS, heads, p.N, at_once, table)
 
 
-def _work(problem: Problem, queries: int, before: int) -> np.ndarray:
-    """How long each tile of a head takes, in keys."""
+def _dealt(loads, pieces, tiles, work, limit=None):
+    """(each program's load and number, sorted; the pieces dealt out) after these tiles, a piece being (program, start, warpgroups, head).
+    A tile is for the program that has least to do; with a limit, for the one that has most of those that it leaves within the limit. If it
+    fits none, the widest piece that fits one is cut off its end; None where no piece does."""
+    loads, pieces = list(loads), list(pieces)
+    for start, stop, head in tiles:
+        while start < stop:
+            for size in range(stop - start, 0, -1):
+                more = work[size][stop - size]
+                at = 0 if limit is None else bisect.bisect_right(loads, (limit - more, len(loads))) - 1
+                if at >= 0:
+                    break
+            else:
+                return None
+            load, program = loads.pop(at)
+            bisect.insort(loads, (load + more, program))
+            stop -= size
+            pieces.append((program, stop, size, head))
+    return loads, pieces
+
+
+def _work(problem: Problem, warpgroups: int) -> list[list[int]]:
+    """How long pieces of so many warpgroups take that begin at each warpgroup's rows, in keys of one warpgroup."""
     p = problem
-    first = np.arange(-before, p.T, queries)
-    first, last, shift = np.maximum(first, 0), np.minimum(first + queries, p.T) - 1, p.S - p.T
-    low = np.zeros_like(first) if p.band.left is None else first + shift - p.band.left
-    high = np.full_like(first, p.S) if p.band.right is None else last + shift + p.band.right + 1
-    return np.maximum(np.minimum(high, p.S) - np.maximum(low, 0), 0) + _BETWEEN
+    first, shift = np.arange(0, p.T, ROWS), p.S - p.T
+    low = np.zeros_like(first) if p.band.left is None else np.maximum(first + shift - p.band.left, 0)
+    work = []
+    for size in range(warpgroups + 1):
+        last = np.minimum(first + size * ROWS, p.T) - 1
+        high = np.full_like(first, p.S) if p.band.right is None else np.minimum(last + shift + p.band.right + 1, p.S)
+        keys = np.maximum(high - low, 0)
+        work.append((keys * (size + _UNCOVERED) + _BETWEEN * (warpgroups + _UNCOVERED)).tolist())
+    return work
