@@ -361,7 +361,7 @@ class MosaicJob(Job):
     @property
     def backward(self) -> bool:
         """Once: its kernels are the same whether the forward closes."""
-        return self.closes
+        return self.closes and not self.is_decode
 
     def judge(self, report: dict[str, dict]) -> list[dict]:
         launched = {kernel: report[name + _MOSAIC] for name, kernel in KERNELS.items() if name + _MOSAIC in report}

@@ -459,7 +459,7 @@ def _weigh(
 
 
 def _add(acc, row_sum, weights_ref: Ref, values_ref: Ref, first: int, dtype, rows: int):
-    acc, size = acc.copy(), fragments.weights_of(rows)
+    acc, size, width = acc.copy(), fragments.weights_of(rows), acc.shape[1]
     row_sum = np.zeros((*row_sum.shape, 2, 2), np.float32) if row_sum.ndim == 1 else row_sum.copy()
     values = values_ref[...]
     for i in range(len(values) // schedule.BLOCK):
@@ -467,19 +467,32 @@ def _add(acc, row_sum, weights_ref: Ref, values_ref: Ref, first: int, dtype, row
         probabilities, added, rescale = np.split(words, [rows * schedule.BLOCK // 2, rows * (schedule.BLOCK // 2 + 4)])
         probabilities, rescale = probabilities.view(dtype).reshape(rows, -1), rescale[::4]
         product = _product(probabilities, values[i * schedule.BLOCK : (i + 1) * schedule.BLOCK])
-        acc[:rows] = acc[:rows] * rescale[:, None] + product
-        row_sum[:rows] = row_sum[:rows] * rescale[:, None, None] + added.reshape(rows, 2, 2)
+        for warp, own in enumerate(_of_warps(rows)):
+            start = warp * width % product.shape[1]
+            acc[own] = acc[own] * rescale[:, None] + product[:, start : start + width]
+            row_sum[own] = row_sum[own] * rescale[:, None, None] + added.reshape(rows, 2, 2)
     return acc, row_sum
+
+
+def _put(ref: Ref, acc, rows: int):
+    for warp, own in enumerate(_of_warps(rows)):
+        ref[pl.ds(0, rows), pl.ds(warp * acc.shape[1] % ref.shape[1], acc.shape[1])] = acc[own].astype(ref.dtype)
 
 
 def _highest(highest_ref: Ref, start, stop, rows: int):
     found = np.full(schedule.ROWS, online_softmax.LOWEST, np.float32)
-    found[:rows] = np.max(highest_ref[...][:, start:stop], axis=1, initial=online_softmax.LOWEST)
+    for own in _of_warps(rows):
+        found[own] = np.max(highest_ref[...][:, start:stop], axis=1, initial=online_softmax.LOWEST)
     return found
 
 
+def _of_warps(rows: int):
+    """The real rows of each warp's part of a tile."""
+    return [slice(first, first + rows) for first in range(0, schedule.ROWS, 16)]
+
+
 _INSTRUCTIONS = {
-    fragments: dict(meet=_meet, keep=_keep, weigh=_weigh, add=_add, highest=_highest),
+    fragments: dict(meet=_meet, keep=_keep, weigh=_weigh, add=_add, put=_put, highest=_highest),
     registers: dict(
         over_columns=_over_columns,
         uniform=lambda x: x,

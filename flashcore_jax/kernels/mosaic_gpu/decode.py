@@ -72,7 +72,11 @@ def plan_for(problem: Problem, gpu: Gpu) -> Plan | None:
             continue
         if p.B * p.K * splits * programs * 10 > gpu.multiprocessors * at_once * 9:
             continue
-        others = ROWS * (p.H * 2 + columns * 4 + 8) + per_split * (fragments.weights_of(rows) + fragments.scores_of(rows) // programs) * 4
+        others = (
+            ROWS * (p.H * 2 + 8)
+            + fragments.REAL_ROWS * columns * 4
+            + per_split * (fragments.weights_of(rows) + fragments.scores_of(rows) // programs) * 4
+        )
         others += rows * (per_split + fragments.PAD) * 4 + _BARRIERS
         stages = min((_SHARED // at_once - 1024 - others) // _place(p, columns), _MOST_STAGES)
         if stages >= 2:
@@ -107,7 +111,15 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
     # What a program fetches, in this order: its blocks of keys, then all groups of values.
     keys = own_stop - own_start
     both = keys + groups
+    real = pl.ds(0, fragments.REAL_ROWS)
     of_keys, of_values = pl.ds(0, BLOCK), pl.ds(0, _GROUP * BLOCK)  # of a place that has room for either
+
+    def leave(number):
+        """Frees a place, if it is wanted."""
+
+        @pl.when(number + stages < both)
+        def _():
+            plgpu.barrier_arrive(free.at[remainder(number, stages)])
 
     @pl.when(warpgroup == plan.computing)
     def _():
@@ -129,7 +141,6 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 columns = pl.ds(member * plan.columns, plan.columns)
                 plgpu.copy_gmem_to_smem(v_ref.at[(*row.layer, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
 
-        real = pl.ds(0, fragments.REAL_ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, real], q_smem.at[real], q_full)
         before = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met
         lax.fori_loop(jnp.int32(0), before, fetch, None)
@@ -155,7 +166,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 scores = jnp.where(seen, scores, -jnp.inf)
                 fragments.keep(scores_smem, highest_smem, scores, own, block, log2_scale, plan.rows, plan.programs)
 
-            plgpu.barrier_arrive(free.at[slot])
+            leave(number)
 
         lax.fori_loop(jnp.int32(0), keys, look_at, None)
         fragments.meet()
@@ -168,11 +179,10 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
         @pl.when(warpgroup > 0)
         def _():
             def skip(number, _):
-                slot = remainder(number, stages)
-                plgpu.barrier_wait(full.at[slot])
-                plgpu.barrier_arrive(free.at[slot])
+                plgpu.barrier_wait(full.at[remainder(number, stages)])
+                leave(number)
 
-            lax.fori_loop(keys, both, skip, None)
+            lax.fori_loop(keys, jnp.maximum(keys, both - stages), skip, None)
 
         @pl.when(warpgroup == 0)
         def _():
@@ -190,25 +200,27 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 whole = jnp.where(end - begin == _GROUP, 1, 0)
                 sums = lax.fori_loop(jnp.int32(0), whole, lambda _, sums: add(_GROUP, begin, sums), sums)
                 sums = lax.fori_loop(begin + whole * _GROUP, end, functools.partial(add, 1), sums)
-                plgpu.barrier_arrive(free.at[slot])
+                leave(number)
                 return sums
 
-            no_acc, _, no_sum = _nothing(dataclasses.replace(p, Hv=plan.columns))
+            no_acc, _, no_sum = _nothing(dataclasses.replace(p, Hv=fragments.columns_of_a_warp(plan.columns)))
             acc, row_sum = lax.fori_loop(keys, both, add_group, (no_acc, no_sum))
             running_max = fragments.highest(highest_smem, start, stop, plan.rows)
             row_sum = registers.quad_sum(row_sum)
             if plan.splits == 1:
-                factor, empty, nothing, lse = _finish(running_max, row_sum, 0, lengths, row.overflowed, p.G)
-                acc = jnp.where(over_columns(empty, plan.columns), jnp.full(acc.shape, nothing), acc * over_columns(factor, plan.columns))
+                queries = quotient(remainder(registers.row_iota(), ROWS // 4), p.G)  # of each warp's rows
+                factor, empty, nothing, lse = _finish(running_max, row_sum, queries, lengths, row.overflowed)
+                width = acc.shape[1]
+                acc = jnp.where(over_columns(empty, width), jnp.full(acc.shape, nothing), acc * over_columns(factor, width))
                 statistics, at = (lse,), (b, kv_head)
             else:
                 statistics, at = (row_sum, running_max), (b, kv_head, split)
-            out_smem[...] = acc.astype(out_smem.dtype)
+            fragments.put(out_smem, acc, plan.rows)
             for smem, x in zip(statistics_smem, statistics, strict=True):
                 smem[...] = x
             plgpu.commit_smem()
-            real, columns = pl.ds(0, fragments.REAL_ROWS), pl.ds(member * plan.columns, plan.columns)
-            plgpu.copy_smem_to_gmem(out_smem.at[real], out_refs[0].at[(*at, real, columns)])
+            columns = pl.ds(member * plan.columns, plan.columns)
+            plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[(*at, real, columns)])
 
             @pl.when(member == 0)
             def _():
@@ -255,7 +267,7 @@ def decode(query, key, value, rows: Rows, problem: Problem, plan: Plan):
             plgpu.SMEM((plan.blocks * fragments.scores_of(plan.rows),), jnp.float32),
             plgpu.SMEM((plan.rows, plan.per_split + fragments.PAD), jnp.float32),
             plgpu.SMEM((plan.per_split * fragments.weights_of(plan.rows),), jnp.float32),
-            shared((ROWS, plan.columns), out.dtype),
+            plgpu.SMEM((real, plan.columns), out.dtype),
             *[plgpu.SMEM((ROWS,), jnp.float32)] * len(statistics),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=plan.stages),

@@ -140,7 +140,8 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
             plgpu.barrier_arrive(q_free.at[warpgroup])
 
-            factor, empty, nothing, lse = _finish(running_max, row_sum, first_query, lengths, row.overflowed)
+            queries = first_query + registers.row_iota()
+            factor, empty, nothing, lse = _finish(running_max, row_sum, queries, lengths, row.overflowed)
             rows, width = pl.ds(first_query, ROWS), min(p.Hv, _PIECE)
             for start in range(0, p.Hv, width):
                 # Selected, not multiplied by 0: a product with a poisoned query is NaN.
@@ -325,11 +326,10 @@ def _columns(x, start: int, width: int):
     return x if (start, width) == (0, x.shape[1]) else lax.slice(x, (0, start), (ROWS, start + width))
 
 
-def _finish(running_max, row_sum, first_query, lengths, overflowed, group: int = 1):
+def _finish(running_max, row_sum, queries, lengths, overflowed):
     """`kernels.triton.forward.finish`, to be applied to the output's columns: their factor, the rows that are empty, what those
     hold, and the natural log-sum-exp."""
     ones = jnp.ones((ROWS,), jnp.float32)
-    queries = first_query + quotient(plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=registers.ROW), group)
     empty = (row_sum == 0.0) | (queries >= lengths[0])
     row_sum = jnp.where(empty, ones, row_sum)
     factor, lse = 1.0 / row_sum, jnp.where(empty, -jnp.inf * ones, (running_max + jnp.log2(row_sum)) * online_softmax.LN_2)

@@ -119,22 +119,24 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
 def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
     """Adds the blocks from `first` on, of which `weigh` has left the weights: what `registers.update` and the product do, of real rows.
 
-    acc: float32[64, columns] and row_sum: float32[64], whose other rows mean nothing; values_ref: [blocks * 64, columns] in shared memory.
-    The products are those of warps (mma.sync), which all compute the same: none of them waits for the others.
+    acc: float32[64, columns of a warp]: each warp has the real rows, of columns of its own (`columns_of_a_warp`). row_sum: float32[64],
+    the same in all of them. values_ref: [blocks * 64, columns] in shared memory. The products are those of warps (mma.sync), which wait
+    for nobody.
     """
-    columns = acc.shape[1]
+    columns, width = values_ref.shape[1], acc.shape[1]
     tiled = plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
     tile, row = (plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout) for x, layout in ((acc, TILE), (row_sum, ROW)))
     blocks = values_ref.shape[0] // BLOCK
 
     @plgpu.inline_mgpu(arg_types=(TILE, ROW, plgpu.RefType(), tiled, _NUMBER), return_type=(tile, row))
     def run(_, acc, row_sum, weights_ref, values_ref, first):
-        value_at = _value_addresses(values_ref, columns)
+        value_at = _value_address(values_ref, columns, width)
 
         def operands(i: int):
             *vectors, statistics = _weights(weights_ref, arith.addi(first.registers.item(), _i32(i)), rows)
-            steps = range(i * BLOCK, (i + 1) * BLOCK, _DEPTH)
-            values = [[_load_transposed(address, key * columns * 2) for address in value_at] for key in steps]
+            # An instruction loads four matrices of 8 x 8: of 32 keys, or of 16 keys and 16 columns.
+            keys = range(i * BLOCK, (i + 1) * BLOCK, 4 * 8 * 8 // width)
+            values = [x for key in keys for x in _load_transposed(value_at, key * columns * 2)]
             words = [llvm.bitcast(ir.IntegerType.get_signless(32), x) for address in vectors for x in _load(address)]
             return words, values, _load(statistics, 2)
 
@@ -145,11 +147,10 @@ def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
             following = operands(i + 1) if i + 1 < blocks else None
             sums = [[arith.mulf(x, rescale) for x in pair] for pair in sums]
             row_sums = [arith.addf(arith.mulf(x, rescale), added) for x in row_sums]
-            for step, of_columns in enumerate(values):
-                for n, right in enumerate(of_columns):
-                    for half in range(2):
-                        at = 2 * n + half
-                        sums[at] = _product(words[2 * step : 2 * step + 2], right[2 * half : 2 * half + 2], sums[at], jnp.dtype(dtype))
+            for step in range(BLOCK // _DEPTH):
+                for n in range(len(sums)):
+                    at = 2 * (step * len(sums) + n)
+                    sums[n] = _product(words[2 * step : 2 * step + 2], values[at : at + 2], sums[n], jnp.dtype(dtype))
             if following:
                 words, values, (added, rescale) = following
         return registers._like(acc, registers._from_rows(acc, (sums, registers._by_row(acc)[1]))), registers._like(row_sum, row_sums)
@@ -157,23 +158,48 @@ def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
     return run(acc, row_sum, weights_ref, values_ref, first)
 
 
-def _value_addresses(values_ref, columns: int) -> list:
-    """Of every 16 columns the address that a lane names when a warp loads 16 keys of them: those of 8 keys by 8 columns lie together."""
-    i32 = ir.IntegerType.get_signless(32)
-    first = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(values_ref))
-    lane = arith.remui(_thread(), _i32(_WARP))
-    key, half = arith.remui(lane, _i32(_DEPTH)), arith.divui(lane, _i32(_DEPTH))
-    addresses = []
-    for start in range(0, columns, 16):
-        offset = arith.addi(arith.muli(key, _i32(2 * columns)), arith.addi(arith.muli(half, _i32(16)), _i32(2 * start)))
-        # The swizzle: the number of a row of 128 bytes is mixed into that of its 16 bytes.
-        mixed = arith.shli(arith.andi(arith.shrui(offset, _i32(7)), _i32(columns // 8 - 1)), _i32(4))
-        addresses.append(arith.addi(first, arith.xori(offset, mixed)))
-    return addresses
+def columns_of_a_warp(columns: int) -> int:
+    """How many of a tile's columns a warp computes. Eight is the least: of 16 columns two warps compute what the other two do."""
+    return max(columns * _WARP // registers.THREADS, 8)
+
+
+def put(ref, acc, rows: int):
+    """Writes what `add` has summed up, in the dtype of ref [8, columns] in shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def run(_, ref, acc):
+        element_type, (_, columns) = ref.type.element_type, ref.type.shape
+        lane, width = arith.remui(_thread(), _i32(_WARP)), acc.shape[1]
+        first = arith.addi(_first_column(columns, width), arith.muli(arith.remui(lane, _i32(_QUAD)), _i32(2)))
+        first = arith.addi(arith.muli(arith.divui(lane, _i32(_QUAD)), _i32(columns)), first)
+        with mgpu.utils.when(_below(lane, rows * _QUAD)):
+            for n, pair in enumerate(registers._by_row(acc)[0]):
+                address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.addi(first, _i32(8 * n))], element_type)
+                pair = _vector(pair)
+                llvm.store(pair if element_type == ir.F32Type.get() else arith.truncf(ir.VectorType.get((2,), element_type), pair), address)
+
+    run(ref, acc)
+
+
+def _first_column(columns: int, width: int):
+    """Of those of a warp."""
+    warp = arith.divui(_thread(), _i32(_WARP))
+    return arith.muli(arith.remui(warp, _i32(columns // width)), _i32(width))
+
+
+def _value_address(values_ref, columns: int, width: int):
+    """The address that a lane names when its warp loads its columns' values: that of eight numbers of a key."""
+    lane, keys = arith.remui(_thread(), _i32(_WARP)), 4 * 8 * 8 // width
+    key, half = arith.remui(lane, _i32(keys)), arith.divui(lane, _i32(keys))
+    column = arith.addi(_first_column(columns, width), arith.muli(half, _i32(8)))
+    offset = arith.muli(arith.addi(arith.muli(key, _i32(columns)), column), _i32(2))
+    # The swizzle: the number of a row of 128 bytes is mixed into that of its 16 bytes.
+    mixed = arith.shli(arith.andi(arith.shrui(offset, _i32(7)), _i32(columns // 8 - 1)), _i32(4))
+    return arith.addi(llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(values_ref)), arith.xori(offset, mixed))
 
 
 def _load_transposed(address, offset: int) -> list:
-    """Four 8 x 8 matrices of 16 bits: keys 0 to 7 and 8 to 15 of the first eight columns, then of the others."""
+    """Four matrices of 8 keys and 8 columns, those of the keys first, each a word of a lane: two keys of a column."""
     i32 = ir.IntegerType.get_signless(32)
     found = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * 4), [arith.addi(address, _i32(offset))],

@@ -46,6 +46,11 @@ def iota(shape, axis: int):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
 
 
+def row_iota():
+    """The number of each row of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+
+
 def uniform(x):
     """An int32 that is the same in all threads, in a form that tells ptxas so. What is computed from it then costs the threads no
     registers; without it a value that was spilled once is each thread's own, and all that follows from it. Said within a loop, it also
@@ -69,7 +74,7 @@ def uniform_range(blocks: BlockRange, offset=0) -> BlockRange:
 def seen(shape, first_row, first_column, lengths, band: Band, group: int = 1):
     """Whether a tile's row sees its column, of rows below their length: (own length, others' length). A bound per row, and one
     comparison for each number, where `masks.visible` has one for every condition. group: so many of the tile's rows are one."""
-    rows = first_row + quotient(plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW), group)
+    rows = first_row + quotient(row_iota(), group)
     if band.right is None:  # further than any key; a bound that is one number for all rows finds no layout (jax 0.11.2)
         band = Band(band.left, lengths[0])
     first, last = visible_keys(rows, *lengths, band)
@@ -329,11 +334,10 @@ def _from_rows(tile, rows) -> list:
 
 def _row_order(tile):
     """For each of the two rows the positions of its registers, in the columns' order: one axis counts rows, another columns."""
-    shape = [size for size in tile.registers.shape if size != 1]
-    positions = np.arange(tile.registers.size).reshape(shape)
-    if shape != [tile.shape[1] // 8, 2]:
+    found, expected = ([size for size in shape if size != 1] for shape in (tile.registers.shape, (tile.shape[1] // 8, 2)))
+    if found != expected:
         raise NotImplementedError(f"registers of shape {tile.registers.shape} for a tile {tile.shape}: a layout this was not written for")
-    return positions.T
+    return np.arange(tile.registers.size).reshape(-1, 2).T
 
 
 def _numbers(row) -> list:
