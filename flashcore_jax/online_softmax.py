@@ -84,22 +84,16 @@ def _four_sums(p):
 def merge(total: Partial, *closed: Partial) -> Partial:
     """Adds closed partial sums, in order, to the total of those before them. An empty one changes nothing, to the bit.
 
-    All maxima come first, then all factors, then the sums: a chain of additions that waits for no exponential. Rows' statistics may also
-    stand beside each of their columns, [..., rows, columns]: what a compiler lays out like the sums."""
+    All maxima come first, then all factors, then the sums: a chain of additions that waits for no exponential."""
     maxima = [total.running_max]
     for one in closed:
         maxima.append(jnp.maximum(maxima[-1], one.running_max))
     factors = [(jnp.exp2(old - new), jnp.exp2(one.running_max - new)) for old, new, one in zip(maxima, maxima[1:], closed, strict=False)]
     acc, row_sum = total.acc, total.row_sum
     for one, (of_total, of_one) in zip(closed, factors, strict=True):
-        acc = tuple(a * _over(of_total, a) + b * _over(of_one, b) for a, b in zip(acc, one.acc, strict=True))
+        acc = tuple(a * of_total[..., None] + b * of_one[..., None] for a, b in zip(acc, one.acc, strict=True))
         row_sum = row_sum * of_total + one.row_sum * of_one
     return Partial(acc, row_sum, maxima[-1])
-
-
-def _over(row, acc):
-    """A number per row, for each of its columns."""
-    return row if row.ndim == acc.ndim else row[..., None]
 
 
 def finish(total: Partial):

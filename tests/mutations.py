@@ -38,6 +38,10 @@ def _simulated(case: str) -> str:
     return f"tests/test_mosaic_simulated.py::test_output_log_sum_exp_and_gradients[{case}]"
 
 
+def _clusters(case: str) -> str:
+    return f"tests/test_mosaic_simulated.py::test_decode[{case}]"
+
+
 def _sharing(case: str) -> str:
     return f"tests/test_cached_attention.py::test_programs_that_share_a_split_change_nothing[{case}]"
 
@@ -50,6 +54,7 @@ _POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothi
 _CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _HOPPER, _HOPPER_BACKWARD = "kernels/mosaic_gpu/forward.py", "kernels/mosaic_gpu/backward.py"
+_CLUSTERS = "kernels/mosaic_gpu/decode.py"
 _DECODE, _APPEND = "kernels/triton/decode.py", "kernels/triton/append.py"
 
 MUTATIONS = {
@@ -88,7 +93,7 @@ MUTATIONS = {
         _contract("schedule's own splits", "window 100, causal"),
     ),
     "no rescale between splits": Mutation(
-        (Edit("online_softmax.py", "jnp.exp2(total.running_max - running_max)", "jnp.ones_like(running_max)"),),
+        (Edit("online_softmax.py", "(jnp.exp2(old - new), jnp.exp2(", "(jnp.ones_like(old), jnp.exp2("),),
         _contract("three splits, float32", "three splits, causal"),
     ),
     "the lse's cotangent forgotten": Mutation(
@@ -284,6 +289,26 @@ MUTATIONS = {
     "Hopper backward: probabilities are read before they are handed on": Mutation(
         (Edit(_HOPPER_BACKWARD, "        plgpu.barrier_wait(p_full.at[place])\n", ""),),
         (_simulated("head dim 256, splits-fetching first"),),
+    ),
+    "clusters: weights are read before all have met": Mutation(
+        (Edit(_CLUSTERS, "        )  # fmt: skip\n        fragments.meet()\n", "        )  # fmt: skip\n"),),
+        (_clusters("a row-at random"),),
+    ),
+    "clusters: values beyond the length are multiplied": Mutation(
+        (Edit(_CLUSTERS, "                _hide(values, (first + group * _GROUP) * BLOCK, lengths, p)\n", ""),),
+        (_clusters("rows of other length-fetching first"),),
+    ),
+    "clusters: keys are let go while they are multiplied": Mutation(
+        (Edit(_CLUSTERS, "k_smem.at[slot, of_keys]), wait_n=0)", "k_smem.at[slot, of_keys]), wait_n=1)"),),
+        (_clusters("a row-fetching first"),),
+    ),
+    "clusters: values take places that nobody has left": Mutation(
+        (Edit(_CLUSTERS, "            @pl.when(number >= stages)\n", "            @pl.when((number >= stages) & (number < keys))\n"),),
+        (_clusters("splits, lengths, a window-at random"),),
+    ),
+    "clusters: a query of the group is another's": Mutation(
+        (Edit(_CLUSTERS, "lengths, p.band, p.G)\n", "lengths, p.band, 1)\n"),),
+        (_clusters("splits-fetching first"),),
     ),
 }
 

@@ -151,6 +151,8 @@ def test_decode(simulated, name, order):
     problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
     plan = plan_for(problem, gpu_of("NVIDIA H200"))
     assert plan, "the call must be for this kernel"
+    if order != "fetching first":
+        plan = dataclasses.replace(plan, stages=2)  # as few as there may be: each is used again and again
     simulated(order)
     out, lse = decode(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, plan)
     exact = oracle(arrays, **w.options)

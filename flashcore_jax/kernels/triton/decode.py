@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
-from flashcore_jax.kernels.triton.launch import launch, load, store
+from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
 from flashcore_jax.logits import log2_scale_of
 from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
@@ -173,30 +173,18 @@ def _merge_kernel(
     first, end = splits_of(visible_blocks(*span, *row.lengths, p.band, block_k), per_split)
     at_once = min(_MERGED_AT_ONCE, splits)
 
-    def merged(c: Columns):
-        """A chunk's total. Statistics are loaded for every column: laid out as the sums are, each thread computes a row's factors once."""
-        shape = (count, c.width)
-        in_chunk = jnp.broadcast_to(lax.iota(jnp.int32, count)[:, None], shape)
+    def partial(split):
+        there = exist & (split < end)
+        acc = load_chunks(acc_ref, hv, (split, slice(None)), there)
+        return online_softmax.Partial(
+            acc, load(sum_ref, (split, slice(None)), there), load(max_ref, (split, slice(None)), there, fill=online_softmax.LOWEST)
+        )
 
-        def partial(split):
-            there = exist & (split < end)
-            acc = load(acc_ref, (split, slice(None), c.at), there, c.exist)
-            row_sum, running_max = (
-                load(ref, (split, in_chunk), there, fill=fill) for ref, fill in ((sum_ref, 0.0), (max_ref, online_softmax.LOWEST))
-            )
-            return online_softmax.Partial((acc,), row_sum, running_max)
+    def add(group, total):
+        return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)])
 
-        def add(group, total):
-            return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)])
-
-        zeros = jnp.zeros(shape, jnp.float32)
-        nothing = online_softmax.Partial((zeros,), zeros, jnp.full(shape, online_softmax.LOWEST, jnp.float32))
-        return lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
-
-    totals = [merged(c) for c in hv]
-    is_first = lax.iota(jnp.int32, hv[0].width) == 0
-    row_sum, running_max = (jnp.sum(jnp.where(is_first, x, 0.0), axis=1) for x in totals[0][1:])
-    total = online_softmax.Partial(tuple(total.acc[0] for total in totals), row_sum, running_max)
+    nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
+    total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
     _store(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < row.lengths[0], exist, row)
 
 
