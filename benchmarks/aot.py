@@ -270,17 +270,17 @@ MOSAIC_KINDS = {
 # 13.5.37 makes of it today, with jax 0.11.2: the limit is that, rounded up to a hundred.
 MOSAIC_SPILLS = {
     ("forward", 64): dict(causal=0, full=0, padded=0, everything=0),  # 0, 0, 0, 0
-    ("forward", 128): dict(causal=0, full=0, padded=100, everything=100),  # 0, 0, 44, 92
-    ("forward", 256): dict(causal=0, full=0, padded=200, everything=300),  # 0, 0, 176, 208
-    ("closing", 64): dict(causal=0, full=0, padded=100, everything=0),  # 0, 0, 40, 0
-    ("closing", 128): dict(causal=200, full=100, padded=200, everything=200),  # 100, 84, 196, 188
-    ("closing", 256): dict(causal=600, full=500, padded=700, everything=600),  # 524, 488, 624, 588
+    ("forward", 128): dict(causal=0, full=0, padded=0, everything=100),  # 0, 0, 0, 8
+    ("forward", 256): dict(causal=0, full=0, padded=0, everything=0),  # 0, 0, 0, 0
+    ("closing", 64): dict(causal=0, full=0, padded=0, everything=0),  # 0, 0, 0, 0
+    ("closing", 128): dict(causal=100, full=100, padded=200, everything=300),  # 84, 84, 164, 204
+    ("closing", 256): dict(causal=500, full=500, padded=500, everything=500),  # 492, 488, 480, 484
     ("dkdv", 64): dict(causal=0, full=0, padded=0, everything=0),  # 0, 0, 0, 0
     ("dkdv", 128): dict(causal=100, full=100, padded=100, everything=200),  # 48, 64, 48, 128
     ("dkdv", 256): dict(causal=100, full=100, padded=300, everything=400),  # 48, 40, 232, 308
     ("dq", 64): dict(causal=0, full=0, padded=0, everything=100),  # 0, 0, 0, 8
     ("dq", 128): dict(causal=0, full=0, padded=0, everything=100),  # 0, 0, 0, 28
-    ("dq", 256): dict(causal=100, full=100, padded=200, everything=300),  # 92, 92, 128, 280
+    ("dq", 256): dict(causal=100, full=100, padded=200, everything=300),  # 92, 92, 112, 288
     **{("decode", H): {"decode": 0, "decode of some rows": 0} for H in (64, 128)},
     ("decode", 256): {"decode": 0},  # some rows are for the Triton kernels
 }

@@ -81,14 +81,16 @@ def _four_sums(p):
     return sums
 
 
-def merge(total: Partial, *closed: Partial) -> Partial:
+def merge(total: Partial, *closed: Partial, scaled_exp2=scaled_exp2) -> Partial:
     """Adds closed partial sums, in order, to the total of those before them. An empty one changes nothing, to the bit.
 
     All maxima come first, then all factors, then the sums: a chain of additions that waits for no exponential."""
     maxima = [total.running_max]
     for one in closed:
         maxima.append(jnp.maximum(maxima[-1], one.running_max))
-    factors = [(jnp.exp2(old - new), jnp.exp2(one.running_max - new)) for old, new, one in zip(maxima, maxima[1:], closed, strict=False)]
+    factors = [
+        tuple(scaled_exp2(x, 1.0, new) for x in (old, one.running_max)) for old, new, one in zip(maxima, maxima[1:], closed, strict=False)
+    ]
     acc, row_sum = total.acc, total.row_sum
     for one, (of_total, of_one) in zip(closed, factors, strict=True):
         acc = tuple(a * of_total[..., None] + b * of_one[..., None] for a, b in zip(acc, one.acc, strict=True))

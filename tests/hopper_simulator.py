@@ -497,6 +497,7 @@ _INSTRUCTIONS = {
         over_columns=_over_columns,
         uniform=lambda x: x,
         update=_update,
+        rescale=lambda old, new: np.exp2(old - new),
         quad_sum=_quad_sum,
         scaled_exp2=lambda scores, shift, log2_scale: online_softmax.scaled_exp2(scores, log2_scale, shift),
         tanh=np.tanh,

@@ -93,7 +93,7 @@ MUTATIONS = {
         _contract("schedule's own splits", "window 100, causal"),
     ),
     "no rescale between splits": Mutation(
-        (Edit("online_softmax.py", "(jnp.exp2(old - new), jnp.exp2(", "(jnp.ones_like(old), jnp.exp2("),),
+        (Edit("online_softmax.py", "for x in (old, one.running_max))", "for x in (new, one.running_max))"),),
         _contract("three splits, float32", "three splits, causal"),
     ),
     "the lse's cotangent forgotten": Mutation(
@@ -217,10 +217,6 @@ MUTATIONS = {
         (Edit(_HOPPER, "                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last", "                pass  # the last"),),
         (_simulated("splits, head dim 128-fetching first"),),
     ),
-    "Hopper: values beyond the length become 0 for threads alone": Mutation(
-        (Edit(_HOPPER, "jnp.zeros((BLOCK, p.Hv), dtype))\n                plgpu.commit_smem()", "jnp.zeros((BLOCK, p.Hv), dtype))"),),
-        (_simulated("lengths-at random"),),
-    ),
     "Hopper: blocks that others see are not let go": Mutation(
         (
             Edit(
@@ -268,7 +264,7 @@ MUTATIONS = {
         (Edit(_HOPPER_BACKWARD, "                if masked and _may_see_no_key(p):\n", "                if False:\n"),),
         (_simulated("lengths-at random"), _simulated("head dim 256, more queries than keys, causal-at random")),
     ),
-    "Hopper backward: keys beyond the length become 0 for threads alone": Mutation(
+    "Hopper: rows beyond the length become 0 for threads alone": Mutation(
         (
             Edit(
                 "kernels/mosaic_gpu/registers.py",
@@ -276,7 +272,7 @@ MUTATIONS = {
                 "            clear_rows(tile, first, stop)",
             ),
         ),
-        (_simulated("keys' lengths alone, causal-at random"),),
+        (_simulated("keys' lengths alone, causal-at random"), _simulated("lengths-at random")),
     ),
     "Hopper backward: the sums of keys beyond the length are theirs": Mutation(
         (Edit(_HOPPER_BACKWARD, "registers.only((0, keys), first_key, x * factor) if p.key_lengths else x * factor", "x * factor"),),
@@ -295,7 +291,7 @@ MUTATIONS = {
         (_clusters("a row-at random"),),
     ),
     "clusters: values beyond the length are multiplied": Mutation(
-        (Edit(_CLUSTERS, "                _hide(values, (first + group * _GROUP) * BLOCK, lengths, p)\n", ""),),
+        (Edit(_CLUSTERS, "                if p.key_lengths:  # 0 times", "                if False:  # 0 times"),),
         (_clusters("rows of other length-fetching first"),),
     ),
     "clusters: keys are let go while they are multiplied": Mutation(

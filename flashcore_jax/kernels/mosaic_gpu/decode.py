@@ -190,7 +190,10 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 slot, group = remainder(number, stages), first_group + number - keys
                 plgpu.barrier_wait(full.at[slot])
                 values = v_smem.at[slot, of_values]
-                _hide(values, (first + group * _GROUP) * BLOCK, lengths, p)
+                if p.key_lengths:  # 0 times what lies beyond the length would be NaN, if that is
+                    for i in range(_GROUP):
+                        block = values.at[pl.ds(i * BLOCK, BLOCK)]
+                        registers.clear((block,), (first + group * _GROUP + i) * BLOCK, (0, lengths[1]))
                 begin, end = jnp.maximum(start, group * _GROUP), jnp.minimum(stop, (group + 1) * _GROUP)
 
                 def add(count: int, block, sums):
@@ -228,20 +231,6 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                     plgpu.copy_smem_to_gmem(smem.at[real], ref.at[at])
 
             plgpu.wait_smem_to_gmem(0)
-
-
-def _hide(values, first_key, lengths, problem: Problem):
-    """Makes values beyond the row's length 0: 0 times what lies there would be NaN, if that is."""
-    if not problem.key_lengths:
-        return
-
-    @pl.when(first_key + _GROUP * BLOCK > lengths[1])
-    def _():
-        for i in range(_GROUP):
-            block = values.at[pl.ds(i * BLOCK, BLOCK)]
-            is_key = registers.iota(block.shape, 0) < lengths[1] - first_key - i * BLOCK
-            block[...] = jnp.where(is_key, plgpu.load(block, layout=registers.TILE, optimized=False), jnp.zeros(block.shape, block.dtype))
-        plgpu.commit_smem()
 
 
 def decode(query, key, value, rows: Rows, problem: Problem, plan: Plan):

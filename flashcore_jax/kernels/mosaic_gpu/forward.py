@@ -197,13 +197,7 @@ def _sum(*, warpgroup, q_smem, k_smem, v_smem, barriers, stages, offset, first_q
         """Until they are there. Those beyond the row's length become 0: 0 times what lies there would be NaN, if that is."""
         plgpu.barrier_wait(v_full.at[slot_of(block)])
         if p.key_lengths:
-
-            @pl.when(first_key_of(block + 1) > lengths[1])
-            def _():
-                values = v_smem.at[slot_of(block)]
-                is_key = registers.iota((BLOCK, p.Hv), 0) < lengths[1] - first_key_of(block)
-                values[...] = jnp.where(is_key, as_tile(values[...]), jnp.zeros((BLOCK, p.Hv), dtype))
-                plgpu.commit_smem()
+            registers.clear((v_smem.at[slot_of(block)],), first_key_of(block), (0, lengths[1]))
 
     no_acc, lowest, no_sum = _nothing(p)
     if total is not None:
@@ -318,7 +312,7 @@ def _nothing(problem: Problem):
 def _merged(of_total, of_closed):
     """What `online_softmax.merge` does but for the accumulators: their two factors, and the running maximum and the row sum."""
     running_max = jnp.maximum(of_total[0], of_closed[0])
-    factors = jnp.exp2(of_total[0] - running_max), jnp.exp2(of_closed[0] - running_max)
+    factors = registers.rescale(of_total[0], running_max), registers.rescale(of_closed[0], running_max)
     return factors, (running_max, of_total[1] * factors[0] + of_closed[1] * factors[1])
 
 

@@ -102,7 +102,7 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
                     shift = registers._asm("neg.f32 $0, $1;", running_max)
                     p = [registers._asm(f"fma.rn.f32 x, $1, {scale}, $2; ex2.approx.ftz.f32 $0, x;", x, shift) for x in scores]
                     row_sum = registers._tree(registers._add, [registers._add(*pair) for pair in zip(p[::2], p[1::2], strict=True)])
-                    rescale = registers._asm("sub.f32 x, $1, $2; ex2.approx.ftz.f32 $0, x;", before, running_max)
+                    rescale = registers._rescale(before, running_max)
                     rounded = arith.truncf(ir.VectorType.get((_SCORES,), element_type), _vector(p))
                     words = _numbers(vector.bitcast(ir.VectorType.get((_WORDS,), ir.F32Type.get()), rounded))
                     at = arith.muli(block, _i32(weights_of(rows)))
@@ -124,11 +124,10 @@ def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
     for nobody.
     """
     columns, width = values_ref.shape[1], acc.shape[1]
-    tiled = plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
     tile, row = (plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout) for x, layout in ((acc, TILE), (row_sum, ROW)))
     blocks = values_ref.shape[0] // BLOCK
 
-    @plgpu.inline_mgpu(arg_types=(TILE, ROW, plgpu.RefType(), tiled, _NUMBER), return_type=(tile, row))
+    @plgpu.inline_mgpu(arg_types=(TILE, ROW, plgpu.RefType(), registers.shared_tile(columns), _NUMBER), return_type=(tile, row))
     def run(_, acc, row_sum, weights_ref, values_ref, first):
         value_at = _value_address(values_ref, columns, width)
 

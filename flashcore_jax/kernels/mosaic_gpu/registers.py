@@ -23,10 +23,15 @@ from flashcore_jax.masks import Band, BlockRange, quotient, visible_keys
 
 TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
-_SHARED = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))  # as `launch.shared` lays it out
 THREADS = 128  # of a warpgroup
 _VECTOR = 4  # numbers that a thread reads and writes together
 _QUAD = (1, 2)  # the lanes' bits that hold a row's columns
+
+
+def shared_tile(columns: int):
+    """A 16-bit tile in shared memory, as `launch.shared` lays it out."""
+    columns = min(columns, 64)
+    return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
 
 
 def as_tile(x):
@@ -108,11 +113,25 @@ def _update_row(scores, running_max, row_sum, log2_scale: float):
     for lanes in _QUAD:
         highest = _max(highest, mgpu.utils.shfl_bfly(highest, lanes))
     new_max = _asm(f"mul.f32 x, $1, {scale}; cvt.rpi.f32.f32 x, x; max.f32 $0, x, $2;", highest, running_max)
-    rescale = _asm("sub.f32 x, $1, $2; ex2.approx.ftz.f32 $0, x;", running_max, new_max)
+    rescale = _rescale(running_max, new_max)
     shift = _asm("neg.f32 $0, $1;", new_max)
     p = [[_asm(f"fma.rn.f32 x, $1, {scale}, $2; ex2.approx.ftz.f32 $0, x;", x, shift) for x in pair] for pair in scores]
     row_sum = _asm("mul.f32 x, $1, $2; add.f32 $0, x, $3;", row_sum, rescale, _tree(_add, [_add(*pair) for pair in p]))
     return p, new_max, row_sum, rescale
+
+
+def rescale(old_max, new_max):
+    """The factors, float32[64], of sums whose maximum has grown."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW))
+    def run(_, old_max, new_max):
+        return _like(old_max, [_rescale(*pair) for pair in zip(_numbers(old_max), _numbers(new_max), strict=True)])
+
+    return run(old_max, new_max)
+
+
+def _rescale(old_max, new_max):
+    return _asm("sub.f32 x, $1, $2; ex2.approx.ftz.f32 $0, x;", old_max, new_max)
 
 
 def quad_sum(row_sum):
@@ -163,7 +182,7 @@ def inner_products(left, right):
     that the first instruction writes where that one adds to zeros, which may cost an instruction each."""
     shape = left.shape[0], right.shape[0]
 
-    @plgpu.inline_mgpu(arg_types=(_SHARED, _SHARED), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE))
+    @plgpu.inline_mgpu(arg_types=(shared_tile(left.shape[1]),) * 2, return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE))
     def run(_, left, right):
         operations = ir.InsertionPoint.current.block.operations
         before = len(operations)
@@ -262,7 +281,7 @@ def clear_rows(ref, first, stop):
     """The rows of a 16-bit tile in shared memory, 64 of them, that are not in [first, stop) become 0. 64 numbers of a row at a time lie
     together, and the swizzle moves them among themselves; two threads write a row."""
 
-    @plgpu.inline_mgpu(arg_types=(_SHARED, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
+    @plgpu.inline_mgpu(arg_types=(shared_tile(ref.shape[1]), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))
     def run(_, ref, first, stop):
         i32, kind = ir.IntegerType.get_signless(32), ir.MemRefType(ref.type)
         (_, pieces, rows, columns), (strides, _) = kind.shape, kind.get_strides_and_offset()

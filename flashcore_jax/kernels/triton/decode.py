@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from flashcore_jax import online_softmax
 from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
-from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, store
+from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, scaled_exp2, store
 from flashcore_jax.logits import log2_scale_of
 from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
@@ -181,7 +181,7 @@ def _merge_kernel(
         )
 
     def add(group, total):
-        return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)])
+        return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)], scaled_exp2=scaled_exp2)
 
     nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
     total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)

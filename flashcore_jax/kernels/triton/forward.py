@@ -114,7 +114,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
         per_split = problem.split_size // block_k
 
         def close(split, total):
-            return online_softmax.merge(total, sums(*part_of(blocks, split, per_split)))
+            return online_softmax.merge(total, sums(*part_of(blocks, split, per_split)), scaled_exp2=scaled_exp2)
 
         nothing = online_softmax.nothing((block_q,), tuple(c.width for c in hv))
         total = lax.fori_loop(*splits_of(blocks, per_split), close, nothing)
