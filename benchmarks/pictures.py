@@ -279,10 +279,10 @@ PICTURES = {
 }
 
 
-def links(boards, section: str) -> list[str]:
-    """The Markdown of a section's pictures."""
+def links(boards, section: str, folder: str) -> list[str]:
+    """The Markdown of a section's pictures, which lie in a folder."""
     shown = {name: p for name, p in PICTURES.items() if p.section == section and p.present(boards)}
-    return [f"![{p.what}](images/{name}.png)\n" for name, p in shown.items()]
+    return [f"![{p.what}]({folder}/{name}.png)\n" for name, p in shown.items()]
 
 
 def of(boards, folder: pathlib.Path) -> dict[pathlib.Path, Callable]:

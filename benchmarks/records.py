@@ -2,7 +2,7 @@
 
 Shown, for each board and direction: the newest run that measured ours and timed the baseline in all of the board's cells, with
 every contender of that one run. Where no run has all cells, the newest of those that have most. A run of a few cells never
-replaces a whole one; `Results.left_out` names the newer ones. Only runs on the newest run's device count.
+replaces a whole one; `Results.left_out` names the newer ones. Only runs on one kind of device count.
 
 The run before, of a cell, direction and contender: the newest older run that timed just that, by the same clock.
 """
@@ -102,14 +102,17 @@ class Results:
                     self.before[cell.name, direction, contender] = r
 
 
-def load(files, quick: bool = False) -> dict[str, Results]:
-    """{board: its results}, from JSON lines files; `quick`: from the runs of tiny cells, too."""
+def load(files, quick: bool = False) -> dict[str, dict[str, Results]]:
+    """{kind of device: {board: its results}}, that with the newest run first, from JSON lines files; `quick`: from the runs of tiny
+    cells, too."""
     records = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+    records.sort(key=lambda r: r["run"])
     runs = {r["run"]: r for r in records if r["kind"] == "run" and (quick or not r["quick"])}
-    device = runs[max(runs)]["device"] if runs else None
-    runs = {run: r for run, r in sorted(runs.items()) if r["device"] == device}
-    records = sorted((r for r in records if r["run"] in runs), key=lambda r: r["run"])
-    return {board: _load(board, records, runs) for board in BOARDS}
+    found = {}
+    for device in dict.fromkeys(r["device"] for r in reversed(runs.values())):
+        own = {run: r for run, r in runs.items() if r["device"] == device}
+        found[device] = {board: _load(board, [r for r in records if r["run"] in own], own) for board in BOARDS}
+    return found or {"": {board: Results(board) for board in BOARDS}}
 
 
 def _load(board: str, records: list[dict], runs: dict[str, dict]) -> Results:

@@ -1,5 +1,7 @@
 """Render docs/performance.md, its pictures and the README's numbers from committed results. Nobody writes these numbers by hand.
 
+They are those of the kind of GPU that has the newest run; others have pages of their own, docs/performance-NAME.md.
+
     python -m benchmarks.report                        # from every benchmarks/results/*.jsonl that is not a --quick run
     python -m benchmarks.report --results FILE...      # from these, quick ones too
     python -m benchmarks.report --check                # exit code 1 if what is committed is not what would be rendered
@@ -150,8 +152,8 @@ def declined(results: Results) -> list[str]:
 # Sections: each a list of lines
 
 
-def head_section(boards: dict[str, Results]) -> list[str]:
-    lines = [*summary(boards["prefill"], boards["decode"]), "", *pictures.links(boards, "who_wins"), "## Against the run before\n"]
+def head_section(boards: dict[str, Results], images: str) -> list[str]:
+    lines = [*summary(boards["prefill"], boards["decode"]), "", *pictures.links(boards, "who_wins", images), "## Against the run before\n"]
     if found := changes(boards):
         lines += [
             (
@@ -302,8 +304,11 @@ SECTIONS = {
 }
 
 
-def performance(boards: dict[str, Results]) -> str:
+def performance(boards: dict[str, Results], images: str = "images", others: dict[str, str] | None = None) -> str:
+    """A page, whose pictures lie in `images`; others: those of other kinds of GPU, {kind: file}."""
     lines = ["# Performance\n\n<!-- Rendered by python -m benchmarks.report from benchmarks/results/. Do not edit. -->\n"]
+    if others:
+        lines.append(f"Measured on other GPUs: {', '.join(f'[{device}]({file})' for device, file in others.items())}.\n")
     measured = [results for results in boards.values() if results.runs]
     if not measured:
         lines += ["Nothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."]
@@ -312,7 +317,7 @@ def performance(boards: dict[str, Results]) -> str:
         again = f"`python -m benchmarks.run --board {' '.join(BOARDS)} --memory --out benchmarks/results/NAME.jsonl`"
         lines += [
             provenance(measured[0]) + f" To measure it yourself: {again}, then `python -m benchmarks.report`.\n",
-            *head_section(boards),
+            *head_section(boards, images),
         ]
     for results in measured:
         if results.cells:
@@ -320,9 +325,9 @@ def performance(boards: dict[str, Results]) -> str:
             if results.runs.keys() != described:  # how they came about, where that has not just been said
                 lines.append(provenance(results) + "\n")
             described = results.runs.keys()
-            lines += pictures.links(boards, results.board) + SECTIONS[results.board](results) + declined(results)
+            lines += pictures.links(boards, results.board, images) + SECTIONS[results.board](results) + declined(results)
     if boards["prefill"].memory:
-        lines += ["\n## Memory\n", *pictures.links(boards, "memory"), *memory_section(boards["prefill"])]
+        lines += ["\n## Memory\n", *pictures.links(boards, "memory", images), *memory_section(boards["prefill"])]
     return "\n".join(lines) + "\n"
 
 
@@ -341,10 +346,25 @@ def readme_section(boards: dict[str, Results]) -> str:
 # Files
 
 
-def texts(boards: dict[str, Results], root: pathlib.Path) -> dict[pathlib.Path, str]:
+def name_of(device: str) -> str:
+    """As part of a file's name."""
+    return device.removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
+def pages_of(found: dict[str, dict[str, Results]]) -> dict[str, tuple[str, dict[str, Results], str]]:
+    """{file in docs/: (kind of GPU, its boards, the folder of its pictures)}: of the first kind performance.md."""
+    first, *others = found
+    pages = {"performance.md": (first, found[first], "images")}
+    return pages | {f"performance-{name_of(device)}.md": (device, found[device], f"images/{name_of(device)}") for device in others}
+
+
+def texts(pages, root: pathlib.Path) -> dict[pathlib.Path, str]:
     """{file: what it should hold}."""
-    rendered = {root / "docs/performance.md": performance(boards)}
-    readme = root / "README.md"
+    rendered = {}
+    for file, (_, boards, images) in pages.items():
+        others = {device: other for other, (device, *_) in pages.items() if other != file}
+        rendered[root / "docs" / file] = performance(boards, images, others)
+    boards, readme = pages["performance.md"][1], root / "README.md"
     if readme.exists():
         text, (start, end) = readme.read_text(), MARKERS
         if start not in text or end not in text:
@@ -361,8 +381,10 @@ def main(argv=None) -> int:
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="where docs/ and README.md are")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
     args = parser.parse_args(argv)
-    boards = records.load(args.results or sorted(ROOT.glob("benchmarks/results/*.jsonl")), quick=bool(args.results))
-    rendered, drawn = texts(boards, args.root), pictures.of(boards, args.root / "docs/images")
+    pages = pages_of(records.load(args.results or sorted(ROOT.glob("benchmarks/results/*.jsonl")), quick=bool(args.results)))
+    rendered, drawn = texts(pages, args.root), {}
+    for _, boards, images in pages.values():
+        drawn |= pictures.of(boards, args.root / "docs" / images)
     if args.check:
         stale = [file for file, text in rendered.items() if not file.exists() or file.read_text() != text]
         stale += [file for file in drawn if not file.exists()]  # drawn pixels differ between versions of matplotlib

@@ -48,7 +48,7 @@ def load(tmp_path, *runs):
     for i, lines in enumerate(runs):
         files.append(tmp_path / f"{i}.jsonl")
         files[-1].write_text("\n".join(map(json.dumps, lines)))
-    return records.load(files)
+    return next(iter(records.load(files).values()))
 
 
 def render(tmp_path, *runs):
@@ -110,6 +110,17 @@ def test_a_board_that_the_newest_run_lacks_keeps_its_rows_and_says_their_date(tm
     assert "2026-01-0" not in decode  # said at the top already, for it is the first board
     assert "NVIDIA H200, 2026-01-01;" in top
     assert "## Decode" not in render(tmp_path, made_up("2026-01-01", "decode"), made_up("2026-01-02", "loops", device="another"))
+
+
+def test_each_kind_of_gpu_has_a_page_and_the_newest_run_the_first(tmp_path):
+    load(tmp_path, made_up("1", "decode"), made_up("2", "prefill"), made_up("3", "loops", device="NVIDIA H100 80GB HBM3"))
+    pages = report.pages_of(records.load(sorted(tmp_path.glob("*.jsonl"))))
+    texts = {file.name: text for file, text in report.texts(pages, tmp_path).items()}
+    assert list(texts) == ["performance.md", "performance-h200.md"]
+    assert "Measured on other GPUs: [NVIDIA H200](performance-h200.md)." in texts["performance.md"]
+    assert "## Decode" not in texts["performance.md"]
+    assert "(images/h200/who_wins.png)" in texts["performance-h200.md"]
+    assert "NVIDIA H100" in texts["performance.md"]
 
 
 # The run before
