@@ -1,8 +1,8 @@
 """Which of the committed measurements are shown, and which stand beside them as "the run before".
 
 Shown, for each board and direction: the newest run that measured ours and timed the baseline in all of the board's cells, with
-every contender of that one run. Where no run has all cells, the newest of those that have most. A run of a few cells never
-replaces a whole one; `Results.left_out` names the newer ones. Only runs on one kind of device count.
+every contender of that one run. Where no run has all cells, the newest of those that have most, and the cells that it lacks from others
+of the same commit. A run of a few cells never replaces a whole one; `Results.left_out` names the newer ones. Only runs on one kind of device count.
 
 The run before, of a cell, direction and contender: the newest older run that timed just that, by the same clock.
 """
@@ -92,14 +92,20 @@ class Results:
         """Fills in one direction from {run: {(cell, contender): record}}, oldest run first."""
         measured = {run: self.measured(group, runs[run]["quick"]) for run, group in groups.items()}
         shown = max(groups, key=lambda run: (len(measured[run]), run))
-        self.left_out |= {(direction, run): cells for run, cells in measured.items() if run > shown}
-        for (cell, contender), record in groups[shown].items():
-            self.cells[cell.name] = cell
-            self.times.setdefault((cell.name, direction), {})[contender] = record
-            for run, group in groups.items():
-                r = group.get((cell, contender))
-                if run < shown and r and r["status"] == "ok" and r["clock"] == record.get("clock", r["clock"]):
-                    self.before[cell.name, direction, contender] = r
+        of_cell = dict.fromkeys((cell.name for cell, _ in groups[shown]), shown)
+        for run in sorted(groups, reverse=True):
+            if runs[run]["commit"] == runs[shown]["commit"]:
+                of_cell = dict.fromkeys(measured[run], run) | of_cell
+        self.left_out |= {(direction, run): cells for run, cells in measured.items() if run > shown and run not in of_cell.values()}
+        for run in dict.fromkeys(of_cell.values()):
+            for (cell, contender), record in groups[run].items():
+                if of_cell.get(cell.name) == run:
+                    self.cells[cell.name] = cell
+                    self.times.setdefault((cell.name, direction), {})[contender] = record
+                    for other, group in groups.items():
+                        r = group.get((cell, contender))
+                        if other < run and r and r["status"] == "ok" and r["clock"] == record.get("clock", r["clock"]):
+                            self.before[cell.name, direction, contender] = r
 
 
 def load(files, quick: bool = False) -> dict[str, dict[str, Results]]:

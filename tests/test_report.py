@@ -103,6 +103,17 @@ def test_where_no_run_is_whole_the_one_with_most_cells_is_shown(tmp_path):
     assert results.left_out == {("fwd", "2026-01-04"): DECODE[:1]}
 
 
+def test_a_run_that_was_cut_is_completed_by_others_of_its_commit(tmp_path):
+    halves = [
+        made_up(f"2026-01-0{i}", "decode", cells=DECODE[at], commit=c)
+        for i, at, c in ((1, slice(8, 10), "b"), (2, slice(5), "a"), (3, slice(5, 9), "a"))
+    ]
+    results = load(tmp_path, *halves)["decode"]
+    assert list(results.cells) == DECODE[:9]
+    assert list(results.runs) == ["2026-01-02", "2026-01-03"]
+    assert results.left_out == {}
+
+
 def test_a_board_that_the_newest_run_lacks_keeps_its_rows_and_says_their_date(tmp_path):
     runs = made_up("2026-01-01", "decode"), made_up("2026-01-02", "loops"), made_up("2026-01-03", "loops")
     top, decode, loop = re.split("## Decode|## Loops", render(tmp_path, *runs))
