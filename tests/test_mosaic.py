@@ -204,8 +204,9 @@ def test_the_same_call_gives_the_same_bits():
 
 
 @pytest.mark.hopper
-def test_vmap():
-    arrays = [jnp.stack([x, x[::-1]]) for x in inputs(workload(304, 400, is_causal=True))[:3]]
+@pytest.mark.parametrize("w", [workload(304, 400), workload(1, 2048, 8, 2)], ids=["prompt", "decode"])
+def test_vmap(w):
+    arrays = [jnp.stack([x, x[::-1]]) for x in inputs(w)[:3]]
     run = functools.partial(flashcore_jax.attention, is_causal=True, implementation="mosaic_gpu")
     chex.assert_trees_all_equal(jax.jit(jax.vmap(run))(*arrays), jnp.stack([run(*(x[i] for x in arrays)) for i in (0, 1)]))
 
