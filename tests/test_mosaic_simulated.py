@@ -92,8 +92,7 @@ def simulated(monkeypatch):
 @pytest.mark.parametrize("name", CALLS)
 def test_output_log_sum_exp_and_gradients(simulated, name, order):
     w = CALLS[name]
-    arrays = beyond_the_lengths(inputs(w), w, np.nan)
-    problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
+    arrays, problem = poisoned(w)
     forward, backward = simulated(order)
     rows = Rows(*map(int32, w.lengths.values()))
     out, lse = forward(*arrays[:3], rows, problem, GPU)
@@ -107,6 +106,12 @@ def test_output_log_sum_exp_and_gradients(simulated, name, order):
     unseen = (exact.exact.dvalue == 0).all(axis=-1)
     for gradient, nothing in zip(gradients, (empty, unseen, unseen), strict=True):
         np.testing.assert_array_equal(gradient[nothing], 0.0)
+
+
+def poisoned(w: Workload):
+    """A call's arrays, with NaN beyond all lengths, and its problem."""
+    arrays = beyond_the_lengths(inputs(w), w, np.nan)
+    return arrays, problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
 
 
 def without_gradients(exact: Oracle):
@@ -147,8 +152,7 @@ def test_decode(simulated, name, order):
     from flashcore_jax.kernels.mosaic_gpu.decode import decode, plan_for
 
     w = DECODES[name]
-    arrays = beyond_the_lengths(inputs(w), w, np.nan)
-    problem = problem_of(*arrays[:3], split_size=w.split_size, **{name: x for name, x in w.options.items() if x is not None})
+    arrays, problem = poisoned(w)
     plan = plan_for(problem, gpu_of("NVIDIA H200"))
     assert plan, "the call must be for this kernel"
     if order != "fetching first":
