@@ -111,7 +111,8 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
     # What a program fetches, in this order: its blocks of keys, then all groups of values.
     keys = own_stop - own_start
     both = keys + groups
-    real = pl.ds(0, fragments.REAL_ROWS)
+    # Of arrays as many rows too, though they may have fewer: the copy engine knows where one ends. (As a number jax 0.12 would not take it.)
+    real, in_array = pl.ds(0, fragments.REAL_ROWS), pl.ds(0 * member, fragments.REAL_ROWS)
     of_keys, of_values = pl.ds(0, BLOCK), pl.ds(0, _GROUP * BLOCK)  # of a place that has room for either
 
     def leave(number):
@@ -141,7 +142,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 columns = pl.ds(member * plan.columns, plan.columns)
                 plgpu.copy_gmem_to_smem(v_ref.at[(*row.layer, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
 
-        plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, real], q_smem.at[real], q_full)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, in_array], q_smem.at[real], q_full)
         before = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met
         lax.fori_loop(jnp.int32(0), before, fetch, None)
         fragments.meet()
@@ -223,7 +224,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 smem[...] = x
             plgpu.commit_smem()
             columns = pl.ds(member * plan.columns, plan.columns)
-            plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[(*at, real, columns)])
+            plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[(*at, in_array, columns)])
 
             @pl.when(member == 0)
             def _():
