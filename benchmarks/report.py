@@ -110,6 +110,8 @@ def provenance(results: Results) -> str:
     run = results.runs[max(results.runs)]
     ok = [r for group in results.times.values() for r in group.values() if r["status"] == "ok"]
     dates = sorted({r["date"] for r in results.runs.values()})
+    if len(results.runs) > len(dates):
+        dates = sorted(results.runs)  # several of a day, then, which have some of the cells each
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     text = f"{run['device']}, {' and '.join(dates)}; {versions}" + (f"; commit {run['commit']}" if run["commit"] else "") + "."
     if ok:
