@@ -439,7 +439,7 @@ def _tell(ref: Ref, index, numbers):
 
 
 def _keep(scores_ref: Ref, highest_ref: Ref, scores, own: int, block: int, log2_scale: float, rows: int, programs: int):
-    size = fragments.scores_of(rows)
+    size = fragments.size_of_scores(rows)
     scores_ref[pl.ds(own * size, size)] = scores[:rows].reshape(-1)
     _tell(highest_ref, (slice(None), block), online_softmax.highest_of(scores[:rows], log2_scale))
 
@@ -447,11 +447,11 @@ def _keep(scores_ref: Ref, highest_ref: Ref, scores, own: int, block: int, log2_
 def _weigh(
     scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, member, start, stop, log2_scale: float, dtype, rows: int, programs: int
 ):  # fmt: skip
-    blocks, size = (highest_ref.shape[1] - fragments.PAD) // programs, fragments.weights_of(rows)
+    blocks, size = (highest_ref.shape[1] - fragments.PAD) // programs, fragments.size_of_weights(rows)
     for own in range(blocks):
         block = member * blocks + own
         if start <= block < stop and own // 4 % warpgroups == warpgroup:
-            scores = scores_ref[pl.ds(own * fragments.scores_of(rows), fragments.scores_of(rows))].reshape(rows, -1)
+            scores = scores_ref[pl.ds(own * fragments.size_of_scores(rows), fragments.size_of_scores(rows))].reshape(rows, -1)
             so_far = np.zeros((rows, 2, 2), np.float32), _highest(highest_ref, start, block, rows)[:rows]
             probabilities, _, row_sum, rescale = _update(scores, so_far[1], so_far[0], log2_scale, dtype)
             words = probabilities.reshape(-1).view(np.float32), row_sum.reshape(-1), np.repeat(rescale, 4)
@@ -459,7 +459,7 @@ def _weigh(
 
 
 def _add(acc, row_sum, weights_ref: Ref, values_ref: Ref, first: int, dtype, rows: int):
-    acc, size, width = acc.copy(), fragments.weights_of(rows), acc.shape[1]
+    acc, size, width = acc.copy(), fragments.size_of_weights(rows), acc.shape[1]
     row_sum = np.zeros((*row_sum.shape, 2, 2), np.float32) if row_sum.ndim == 1 else row_sum.copy()
     values = values_ref[...]
     for i in range(len(values) // schedule.BLOCK):

@@ -132,7 +132,7 @@ def test_decode_has_the_bits_of_triton(name):
 @pytest.mark.parametrize("T", [1, 2, 8])
 @pytest.mark.parametrize("B", [1, 2, 3, 4, 5, 8, 64])
 def test_clusters_of_a_decode_are_resident_together(B, T, H):
-    """By the H100's own count (cudaOccupancyMaxActiveClusters): clusters of 2, 4, 8 programs, one or two a multiprocessor. One more would
+    """By the H100's own count (cudaOccupancyMaxActiveClusters): clusters of 8 and 4 programs, one or two a multiprocessor. One more would
     wait for all others."""
     from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
 

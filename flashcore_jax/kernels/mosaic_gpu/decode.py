@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flashcore_jax.kernels.mosaic_gpu import fragments, registers
-from flashcore_jax.kernels.mosaic_gpu.forward import _finish, _nothing
+from flashcore_jax.kernels.mosaic_gpu.forward import finish
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
-from flashcore_jax.kernels.mosaic_gpu.registers import over_columns
+from flashcore_jax.kernels.mosaic_gpu.registers import as_row, as_tile, over_columns
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS
 from flashcore_jax.kernels.triton.decode import merge
 from flashcore_jax.kernels.triton.forward import part_of
@@ -75,7 +75,7 @@ def plan_for(problem: Problem, gpu: Gpu) -> Plan | None:
         others = (
             ROWS * (p.H * 2 + 8)
             + fragments.REAL_ROWS * columns * 4
-            + per_split * (fragments.weights_of(rows) + fragments.scores_of(rows) // programs) * 4
+            + per_split * (fragments.size_of_weights(rows) + fragments.size_of_scores(rows) // programs) * 4
         )
         others += rows * (per_split + fragments.PAD) * 4 + _BARRIERS
         stages = min((_SHARED // at_once - 1024 - others) // _place(p, columns), _MOST_STAGES)
@@ -207,13 +207,13 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 leave(number)
                 return sums
 
-            no_acc, _, no_sum = _nothing(dataclasses.replace(p, Hv=fragments.columns_of_a_warp(plan.columns)))
-            acc, row_sum = lax.fori_loop(keys, both, add_group, (no_acc, no_sum))
+            no_acc = as_tile(jnp.zeros((ROWS, fragments.columns_of_a_warp(plan.columns)), jnp.float32))
+            acc, row_sum = lax.fori_loop(keys, both, add_group, (no_acc, as_row(jnp.zeros((ROWS,), jnp.float32))))
             running_max = fragments.highest(highest_smem, start, stop, plan.rows)
             row_sum = registers.quad_sum(row_sum)
             if plan.splits == 1:
                 queries = quotient(remainder(registers.row_iota(), ROWS // 4), p.G)  # of each warp's rows
-                factor, empty, nothing, lse = _finish(running_max, row_sum, queries, lengths, row.overflowed)
+                factor, empty, nothing, lse = finish(running_max, row_sum, queries, lengths, row.overflowed)
                 width = acc.shape[1]
                 acc = jnp.where(over_columns(empty, width), jnp.full(acc.shape, nothing), acc * over_columns(factor, width))
                 statistics, at = (lse,), (b, kv_head)
@@ -254,9 +254,9 @@ def decode(query, key, value, rows: Rows, problem: Problem, plan: Plan):
         scratch=[
             shared((ROWS, p.H), p.dtype),
             plgpu.RefUnion(*(shared((plan.stages, place // columns, columns), p.dtype) for columns in (p.H, plan.columns))),
-            plgpu.SMEM((plan.blocks * fragments.scores_of(plan.rows),), jnp.float32),
+            plgpu.SMEM((plan.blocks * fragments.size_of_scores(plan.rows),), jnp.float32),
             plgpu.SMEM((plan.rows, plan.per_split + fragments.PAD), jnp.float32),
-            plgpu.SMEM((plan.per_split * fragments.weights_of(plan.rows),), jnp.float32),
+            plgpu.SMEM((plan.per_split * fragments.size_of_weights(plan.rows),), jnp.float32),
             plgpu.SMEM((real, plan.columns), out.dtype),
             *[plgpu.SMEM((ROWS,), jnp.float32)] * len(statistics),
             plgpu.Barrier(),

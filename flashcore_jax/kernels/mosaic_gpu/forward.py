@@ -141,7 +141,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             plgpu.barrier_arrive(q_free.at[warpgroup])
 
             queries = first_query + registers.row_iota()
-            factor, empty, nothing, lse = _finish(running_max, row_sum, queries, lengths, row.overflowed)
+            factor, empty, nothing, lse = finish(running_max, row_sum, queries, lengths, row.overflowed)
             rows, width = pl.ds(first_query, ROWS), min(p.Hv, _PIECE)
             for start in range(0, p.Hv, width):
                 # Selected, not multiplied by 0: a product with a poisoned query is NaN.
@@ -320,7 +320,7 @@ def _columns(x, start: int, width: int):
     return x if (start, width) == (0, x.shape[1]) else lax.slice(x, (0, start), (ROWS, start + width))
 
 
-def _finish(running_max, row_sum, queries, lengths, overflowed):
+def finish(running_max, row_sum, queries, lengths, overflowed):
     """`kernels.triton.forward.finish`, to be applied to the output's columns: their factor, the rows that are empty, what those
     hold, and the natural log-sum-exp."""
     ones = jnp.ones((ROWS,), jnp.float32)

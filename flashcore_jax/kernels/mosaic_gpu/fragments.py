@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from flashcore_jax.kernels.mosaic_gpu import registers
+from flashcore_jax.kernels.mosaic_gpu import lanes, registers
 from flashcore_jax.kernels.mosaic_gpu.registers import ROW, TILE
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS
 from flashcore_jax.online_softmax import LOWEST
@@ -25,12 +25,12 @@ _WORDS = _SCORES // 2  # that its probabilities fill, two to a word; behind them
 _NUMBER = plgpu.Layout.WG_SPLAT
 
 
-def scores_of(rows: int) -> int:
+def size_of_scores(rows: int) -> int:
     """How many numbers the scores of a block are, for so many real rows."""
     return rows * _QUAD * _SCORES
 
 
-def weights_of(rows: int) -> int:
+def size_of_weights(rows: int) -> int:
     """The same of its weights."""
     return rows * _QUAD * (_WORDS + 2)
 
@@ -40,7 +40,7 @@ def meet():
 
     @plgpu.inline_mgpu()
     def run(_):
-        registers._instruction("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;")
+        lanes.instruction("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;")
 
     run()
 
@@ -48,20 +48,18 @@ def meet():
 def keep(scores_ref, highest_ref, scores, own, block, log2_scale: float, rows: int, programs: int):
     """Keeps the scores of a program's `own`-th block, and tells all programs of the cluster their `online_softmax.highest_of`.
 
-    scores_ref: float32[own blocks * scores_of(rows)]; highest_ref: float32[rows, blocks + PAD]; scores: float32[64, 64].
+    scores_ref: float32[own blocks * size_of_scores(rows)]; highest_ref: float32[rows, blocks + PAD]; scores: float32[64, 64].
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE, _NUMBER, _NUMBER))
     def run(_, scores_ref, highest_ref, scores, own, block):
-        of_row = [x for pair in registers._by_row(scores)[0] for x in pair]
-        highest = registers._tree(registers._max, of_row)
-        for lanes in registers._QUAD:
-            highest = registers._max(highest, mgpu.utils.shfl_bfly(highest, lanes))
-        highest = registers._asm(f"mul.f32 x, $1, {registers._literal(log2_scale)}; cvt.rpi.f32.f32 $0, x;", highest)
+        pairs = lanes.by_row(scores)[0]
+        of_row, highest = [x for pair in pairs for x in pair], lanes.highest_of(pairs)
+        highest = lanes.asm(f"mul.f32 x, $1, {lanes.literal(log2_scale)}; cvt.rpi.f32.f32 $0, x;", highest)
         own, block, thread = own.registers.item(), block.registers.item(), _thread()
         at = _at(highest_ref.type.shape, arith.divui(thread, _i32(_QUAD)), block)
         with mgpu.utils.when(_below(thread, rows * _QUAD)):
-            first = _element(mgpu.utils.memref_ptr(scores_ref), arith.muli(own, _i32(scores_of(rows))))
+            first = _element(mgpu.utils.memref_ptr(scores_ref), arith.muli(own, _i32(size_of_scores(rows))))
             for address, i in zip(_vectors(first, thread, rows, _SCORES), range(0, _SCORES, _VECTOR), strict=True):
                 _store(of_row[i : i + _VECTOR], address)
             # The lanes of a row's quad tell a quarter of the programs each.
@@ -75,7 +73,7 @@ def keep(scores_ref, highest_ref, scores, own, block, log2_scale: float, rows: i
 
 def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, member, start, stop, log2_scale: float, dtype, rows: int, programs: int):  # fmt: skip
     """Makes weights of all scores that a program has kept, of blocks in [start, stop), and writes them to the memory of every program of
-    the cluster. Each warp takes one block in turn. weights_ref: float32[blocks * weights_of(rows)]."""
+    the cluster. Each warp takes one block in turn. weights_ref: float32[blocks * size_of_weights(rows)]."""
     blocks = highest_ref.shape[1] - PAD
     own_blocks = blocks // programs
 
@@ -83,7 +81,7 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
     def run(_, scores_ref, highest_ref, weights_ref, *numbers):
         warpgroup, member, start, stop = (x.registers.item() for x in numbers)
         element_type = mgpu.dialect_lowering.utils.dtype_to_ir_type(jnp.dtype(dtype))
-        scale, lane, warps = registers._literal(log2_scale), arith.remui(_thread(), _i32(_WARP)), warpgroups * registers.THREADS // _WARP
+        lane, warps = arith.remui(_thread(), _i32(_WARP)), warpgroups * registers.THREADS // _WARP
         warp = arith.addi(arith.muli(warpgroup, _i32(registers.THREADS // _WARP)), arith.divui(_thread(), _i32(_WARP)))
         row, quad = arith.divui(lane, _i32(_QUAD)), arith.remui(lane, _i32(_QUAD))
         is_real = _below(lane, rows * _QUAD)
@@ -95,17 +93,15 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
                 of_row = arith.minui(row, _i32(rows - 1))
                 before = _highest(highest_ref, of_row, quad, start, block)
                 own_highest = _element(mgpu.utils.memref_ptr(highest_ref), _at(highest_ref.type.shape, of_row, block))
-                running_max = registers._max(before, llvm.load(ir.F32Type.get(), own_highest))
+                running_max = lanes.maximum(before, llvm.load(ir.F32Type.get(), own_highest))
                 with mgpu.utils.when(is_real):
-                    kept = _element(mgpu.utils.memref_ptr(scores_ref), arith.muli(own, _i32(scores_of(rows))))
+                    kept = _element(mgpu.utils.memref_ptr(scores_ref), arith.muli(own, _i32(size_of_scores(rows))))
                     scores = [x for address in _vectors(kept, lane, rows, _SCORES) for x in _load(address)]
-                    shift = registers._asm("neg.f32 $0, $1;", running_max)
-                    p = [registers._asm(f"fma.rn.f32 x, $1, {scale}, $2; ex2.approx.ftz.f32 $0, x;", x, shift) for x in scores]
-                    row_sum = registers._tree(registers._add, [registers._add(*pair) for pair in zip(p[::2], p[1::2], strict=True)])
-                    rescale = registers._rescale(before, running_max)
-                    rounded = arith.truncf(ir.VectorType.get((_SCORES,), element_type), _vector(p))
+                    p = lanes.weights_of(list(zip(scores[::2], scores[1::2], strict=True)), running_max, log2_scale)
+                    row_sum, rescale = lanes.sum_of(p), lanes.factor(before, running_max)
+                    rounded = arith.truncf(ir.VectorType.get((_SCORES,), element_type), _vector([x for pair in p for x in pair]))
                     words = _numbers(vector.bitcast(ir.VectorType.get((_WORDS,), ir.F32Type.get()), rounded))
-                    at = arith.muli(block, _i32(weights_of(rows)))
+                    at = arith.muli(block, _i32(size_of_weights(rows)))
                     for program in range(programs):
                         of_program = _element(mgpu.utils.get_cluster_ptr(mgpu.utils.memref_ptr(weights_ref), _i32(program)), at)
                         *vectors, statistics = _vectors(of_program, lane, rows, _WORDS + 2)
@@ -139,7 +135,7 @@ def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
             words = [llvm.bitcast(ir.IntegerType.get_signless(32), x) for address in vectors for x in _load(address)]
             return words, values, _load(statistics, 2)
 
-        sums, row_sums = registers._by_row(acc)[0], registers._numbers(row_sum)
+        sums, row_sums = lanes.by_row(acc)[0], lanes.numbers_of(row_sum)
         words, values, (added, rescale) = operands(0)
         for i in range(blocks):
             # The next block's operands are loaded before this one's products, which are a chain, are waited for.
@@ -152,7 +148,7 @@ def add(acc, row_sum, weights_ref, values_ref, first, dtype, rows: int):
                     sums[n] = _product(words[2 * step : 2 * step + 2], values[at : at + 2], sums[n], jnp.dtype(dtype))
             if following:
                 words, values, (added, rescale) = following
-        return registers._like(acc, registers._from_rows(acc, (sums, registers._by_row(acc)[1]))), registers._like(row_sum, row_sums)
+        return lanes.like(acc, lanes.from_rows(acc, (sums, lanes.by_row(acc)[1]))), lanes.like(row_sum, row_sums)
 
     return run(acc, row_sum, weights_ref, values_ref, first)
 
@@ -172,7 +168,7 @@ def put(ref, acc, rows: int):
         first = arith.addi(_first_column(columns, width), arith.muli(arith.remui(lane, _i32(_QUAD)), _i32(2)))
         first = arith.addi(arith.muli(arith.divui(lane, _i32(_QUAD)), _i32(columns)), first)
         with mgpu.utils.when(_below(lane, rows * _QUAD)):
-            for n, pair in enumerate(registers._by_row(acc)[0]):
+            for n, pair in enumerate(lanes.by_row(acc)[0]):
                 address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.addi(first, _i32(8 * n))], element_type)
                 pair = _vector(pair)
                 llvm.store(pair if element_type == ir.F32Type.get() else arith.truncf(ir.VectorType.get((2,), element_type), pair), address)
@@ -242,16 +238,16 @@ def _highest(highest_ref, row, quad, start, stop):
         for i, x in enumerate(_load(_element(mgpu.utils.memref_ptr(highest_ref), _at(highest_ref.type.shape, row, number)))):
             that = arith.addi(number, _i32(i))
             counts = arith.andi(_at_least(that, start), _below(that, stop))
-            found = registers._max(found, arith.select(counts, x, lowest))
-    for lanes in registers._QUAD:
-        found = registers._max(found, mgpu.utils.shfl_bfly(found, lanes))
+            found = lanes.maximum(found, arith.select(counts, x, lowest))
+    for bit in lanes.QUAD:
+        found = lanes.maximum(found, mgpu.utils.shfl_bfly(found, bit))
     return found
 
 
 def _weights(weights_ref, block, rows: int) -> list:
     """The addresses of a lane's vectors of a block; of one beyond the real rows, those of the last that is real."""
     lane = arith.minui(arith.remui(_thread(), _i32(_WARP)), _i32(rows * _QUAD - 1))
-    return _vectors(_element(mgpu.utils.memref_ptr(weights_ref), arith.muli(block, _i32(weights_of(rows)))), lane, rows, _WORDS + 2)
+    return _vectors(_element(mgpu.utils.memref_ptr(weights_ref), arith.muli(block, _i32(size_of_weights(rows)))), lane, rows, _WORDS + 2)
 
 
 def _vectors(first, lane, rows: int, numbers: int) -> list:

@@ -1,13 +1,11 @@
 """The online softmax on the registers of a warpgroup: `online_softmax`, instruction by instruction, to the bit.
 
-A warpgroup's tile of 64 rows lies in registers as the tensor core leaves it. A thread holds two rows of a warp's sixteen, and
-of each row two neighbouring columns out of every eight; the four threads of a quad hold a row together. What is written out
+A warpgroup's tile of 64 rows lies in registers as the tensor core leaves it (`lanes`). What is written out
 here is what Mosaic has no operation for: the order of a row's additions (the two bits of the column's number that lie across
 a quad come last, once per split), exp2 of a fused multiply-add, a maximum rounded up to an integer.
 """
 
 import functools
-import struct
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -18,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from flashcore_jax.kernels.mosaic_gpu import lanes
 from flashcore_jax.kernels.mosaic_gpu.schedule import ROWS
 from flashcore_jax.masks import Band, BlockRange, quotient, visible_keys
 
@@ -25,7 +24,6 @@ TILE = plgpu.Layout.WGMMA
 ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)
 THREADS = 128  # of a warpgroup
 _VECTOR = 4  # numbers that a thread reads and writes together
-_QUAD = (1, 2)  # the lanes' bits that hold a row's columns
 
 
 def shared_tile(columns: int):
@@ -98,25 +96,24 @@ def update(scores, running_max, row_sum, log2_scale: float, dtype):
 
     @plgpu.inline_mgpu(arg_types=(TILE, ROW, ROW), return_type=(tile, row, row, row))
     def run(_, scores, running_max, row_sum):
-        of_row = _by_row(scores)
-        results = [_update_row(*arguments, log2_scale) for arguments in zip(of_row, _numbers(running_max), _numbers(row_sum), strict=True)]
+        of_row = lanes.by_row(scores)
+        results = [
+            _update_row(*arguments, log2_scale)
+            for arguments in zip(of_row, lanes.numbers_of(running_max), lanes.numbers_of(row_sum), strict=True)
+        ]
         probabilities, *rows = zip(*results, strict=True)
-        tile = _like(scores, _from_rows(scores, probabilities)).astype(mgpu.dialect_lowering.utils.dtype_to_ir_type(dtype))
-        return tile, *(_like(running_max, numbers) for numbers in rows)
+        tile = lanes.like(scores, lanes.from_rows(scores, probabilities)).astype(mgpu.dialect_lowering.utils.dtype_to_ir_type(dtype))
+        return tile, *(lanes.like(running_max, numbers) for numbers in rows)
 
     return run(scores, running_max, row_sum)
 
 
 def _update_row(scores, running_max, row_sum, log2_scale: float):
-    scale = _literal(log2_scale)
-    highest = _tree(_max, [x for pair in scores for x in pair])
-    for lanes in _QUAD:
-        highest = _max(highest, mgpu.utils.shfl_bfly(highest, lanes))
-    new_max = _asm(f"mul.f32 x, $1, {scale}; cvt.rpi.f32.f32 x, x; max.f32 $0, x, $2;", highest, running_max)
-    rescale = _rescale(running_max, new_max)
-    shift = _asm("neg.f32 $0, $1;", new_max)
-    p = [[_asm(f"fma.rn.f32 x, $1, {scale}, $2; ex2.approx.ftz.f32 $0, x;", x, shift) for x in pair] for pair in scores]
-    row_sum = _asm("mul.f32 x, $1, $2; add.f32 $0, x, $3;", row_sum, rescale, _tree(_add, [_add(*pair) for pair in p]))
+    rounded_up = f"mul.f32 x, $1, {lanes.literal(log2_scale)}; cvt.rpi.f32.f32 x, x; max.f32 $0, x, $2;"
+    new_max = lanes.asm(rounded_up, lanes.highest_of(scores), running_max)
+    rescale = lanes.factor(running_max, new_max)
+    p = lanes.weights_of(scores, new_max, log2_scale)
+    row_sum = lanes.asm("mul.f32 x, $1, $2; add.f32 $0, x, $3;", row_sum, rescale, lanes.sum_of(p))
     return p, new_max, row_sum, rescale
 
 
@@ -125,13 +122,9 @@ def rescale(old_max, new_max):
 
     @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW))
     def run(_, old_max, new_max):
-        return _like(old_max, [_rescale(*pair) for pair in zip(_numbers(old_max), _numbers(new_max), strict=True)])
+        return lanes.like(old_max, [lanes.factor(*pair) for pair in zip(lanes.numbers_of(old_max), lanes.numbers_of(new_max), strict=True)])
 
     return run(old_max, new_max)
-
-
-def _rescale(old_max, new_max):
-    return _asm("sub.f32 x, $1, $2; ex2.approx.ftz.f32 $0, x;", old_max, new_max)
 
 
 def quad_sum(row_sum):
@@ -140,9 +133,9 @@ def quad_sum(row_sum):
     @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW))
     def run(_, row_sum):
         def close(x):
-            return functools.reduce(lambda x, lanes: _add(x, mgpu.utils.shfl_bfly(x, lanes)), _QUAD, x)
+            return functools.reduce(lambda x, bit: lanes.add(x, mgpu.utils.shfl_bfly(x, bit)), lanes.QUAD, x)
 
-        return _like(row_sum, [close(x) for x in _numbers(row_sum)])
+        return lanes.like(row_sum, [close(x) for x in lanes.numbers_of(row_sum)])
 
     return run(row_sum)
 
@@ -152,12 +145,12 @@ def scaled_exp2(scores, shift, log2_scale: float):
 
     @plgpu.inline_mgpu(arg_types=(TILE, TILE), return_type=_tile_like(scores))
     def run(_, scores, shift):
-        instructions = f"neg.f32 x, $2; fma.rn.f32 x, $1, {_literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;"
+        instructions = f"neg.f32 x, $2; fma.rn.f32 x, $1, {lanes.literal(log2_scale)}, x; ex2.approx.ftz.f32 $0, x;"
         rows = [
-            [[_asm(instructions, *numbers) for numbers in zip(*pairs, strict=True)] for pairs in zip(*of_row, strict=True)]
-            for of_row in zip(_by_row(scores), _by_row(shift), strict=True)
+            [[lanes.asm(instructions, *numbers) for numbers in zip(*pairs, strict=True)] for pairs in zip(*of_row, strict=True)]
+            for of_row in zip(lanes.by_row(scores), lanes.by_row(shift), strict=True)
         ]
-        return _like(scores, _from_rows(scores, rows))
+        return lanes.like(scores, lanes.from_rows(scores, rows))
 
     return run(scores, shift)
 
@@ -167,12 +160,14 @@ def tanh(x):
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(x))
     def run(_, x):
-        two_log2_e = _literal(2.0 * np.log2(np.e))
+        two_log2_e = lanes.literal(2.0 * np.log2(np.e))
         instructions = (
-            f"mul.f32 x, $1, {two_log2_e}; ex2.approx.ftz.f32 x, x; add.f32 x, x, {_literal(1.0)}; "
-            f"rcp.approx.ftz.f32 x, x; fma.rn.f32 $0, x, {_literal(-2.0)}, {_literal(1.0)};"
+            f"mul.f32 x, $1, {two_log2_e}; ex2.approx.ftz.f32 x, x; add.f32 x, x, {lanes.literal(1.0)}; "
+            f"rcp.approx.ftz.f32 x, x; fma.rn.f32 $0, x, {lanes.literal(-2.0)}, {lanes.literal(1.0)};"
         )
-        return _like(x, _from_rows(x, [[[_asm(instructions, number) for number in pair] for pair in row] for row in _by_row(x)]))
+        return lanes.like(
+            x, lanes.from_rows(x, [[[lanes.asm(instructions, number) for number in pair] for pair in row] for row in lanes.by_row(x)])
+        )
 
     return run(x)
 
@@ -190,7 +185,7 @@ def inner_products(left, right):
         first = next(op for op in list(operations)[before:] if "wgmma.mma_async" in str(op.attributes.get("asm_string", "")))
         with ir.InsertionPoint(first):
             first.operands[shape[1] // 2 + 2] = mgpu.c(0, ir.IntegerType.get_signless(32))  # behind the sums and two addresses
-        _instruction("wgmma.commit_group.sync.aligned;")
+        lanes.instruction("wgmma.commit_group.sync.aligned;")
         return acc.value
 
     return run(left, right)
@@ -201,7 +196,7 @@ def finished(tile, wait_n: int):
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=_tile_like(tile))
     def run(_, tile):
-        _instruction(f"wgmma.wait_group.sync.aligned {wait_n};")
+        lanes.instruction(f"wgmma.wait_group.sync.aligned {wait_n};")
         return tile
 
     return run(tile)
@@ -213,7 +208,7 @@ def in_use(p):
 
     @plgpu.inline_mgpu(arg_types=(TILE,))
     def run(_, p):
-        _instruction("", *(llvm.bitcast(ir.IntegerType.get_signless(32), x) for x in p.registers.flat))
+        lanes.instruction("", *(llvm.bitcast(ir.IntegerType.get_signless(32), x) for x in p.registers.flat))
 
     run(p)
 
@@ -245,7 +240,9 @@ def plus_parked(ref, tile, of_parked, of_tile):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, ROW, ROW), return_type=_tile_like(tile))
     def run(_, ref, tile, of_parked, of_tile):
-        return _like(tile, _from_vectors(tile, [_weighted(address, x, of_parked, of_tile, row) for address, row, x in _vectors(ref, tile)]))
+        return lanes.like(
+            tile, _from_vectors(tile, [_weighted(address, x, of_parked, of_tile, row) for address, row, x in _vectors(ref, tile)])
+        )
 
     return run(ref, tile, of_parked, of_tile)
 
@@ -255,7 +252,7 @@ def times_parked(ref, tile):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE), return_type=_tile_like(tile))
     def run(_, ref, tile):
-        return _like(tile, _from_vectors(tile, [arith.mulf(_parked(address, x), x) for address, _, x in _vectors(ref, tile)]))
+        return lanes.like(tile, _from_vectors(tile, [arith.mulf(_parked(address, x), x) for address, _, x in _vectors(ref, tile)]))
 
     return run(ref, tile)
 
@@ -312,7 +309,7 @@ def _vectors(ref, tile):
     thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
     first = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.muli(thread, mgpu.c(_VECTOR, i32))], f32)
     i = 0
-    for row, order in enumerate(_row_order(tile)):
+    for row, order in enumerate(lanes.row_order(tile)):
         for a, b in zip(order[::2], order[1::2], strict=True):
             numbers = vector.shuffle(tile.registers.flat[a], tile.registers.flat[b], [0, 1, 2, 3])
             yield mgpu.utils.getelementptr(first, [i * THREADS * _VECTOR], f32), row, numbers
@@ -322,7 +319,7 @@ def _vectors(ref, tile):
 def _from_vectors(tile, vectors) -> list:
     """The registers of a tile from four numbers at a time, in the order of `_vectors`."""
     pairs = [[vector.extract(four, [], [at]), vector.extract(four, [], [at + 1])] for four in vectors for at in (0, 2)]
-    return _from_rows(tile, (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]))
+    return lanes.from_rows(tile, (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]))
 
 
 def _parked(address, like):
@@ -331,79 +328,6 @@ def _parked(address, like):
 
 def _weighted(address, numbers, of_parked, of_tile, row: int):
     def spread(factors):
-        return vector.broadcast(numbers.type, _numbers(factors)[row])
+        return vector.broadcast(numbers.type, lanes.numbers_of(factors)[row])
 
     return arith.addf(arith.mulf(_parked(address, numbers), spread(of_parked)), arith.mulf(numbers, spread(of_tile)))
-
-
-def _by_row(tile):
-    """A thread's numbers of a tile: of each of its two rows a list of pairs of neighbours, in the columns' order."""
-    return [[[_element(register, i) for i in (0, 1)] for register in tile.registers.flat[order]] for order in _row_order(tile)]
-
-
-def _from_rows(tile, rows) -> list:
-    """The inverse of `_by_row`: registers in the order of tile.registers."""
-    registers = [None] * tile.registers.size
-    pair_type = ir.VectorType.get((2,), ir.F32Type.get())
-    for order, pairs in zip(_row_order(tile), rows, strict=True):
-        for at, pair in zip(order, pairs, strict=True):
-            registers[at] = vector.from_elements(pair_type, pair)
-    return registers
-
-
-def _row_order(tile):
-    """For each of the two rows the positions of its registers, in the columns' order: one axis counts rows, another columns."""
-    found, expected = ([size for size in shape if size != 1] for shape in (tile.registers.shape, (tile.shape[1] // 8, 2)))
-    if found != expected:
-        raise NotImplementedError(f"registers of shape {tile.registers.shape} for a tile {tile.shape}: a layout this was not written for")
-    return np.arange(tile.registers.size).reshape(-1, 2).T
-
-
-def _numbers(row) -> list:
-    return [_element(register, 0) for register in row.registers.flat]
-
-
-def _element(register, i: int):
-    return vector.extract(register, [], [i]) if isinstance(register.type, ir.VectorType) else register
-
-
-def _like(array, registers):
-    """An array laid out as `array`, of these registers or numbers."""
-    kinds = [register.type for register in array.registers.flat]
-    registers = [
-        vector.from_elements(kind, [x]) if isinstance(kind, ir.VectorType) and not isinstance(x.type, ir.VectorType) else x
-        for kind, x in zip(kinds, registers, strict=True)
-    ]
-    made = np.empty(len(registers), dtype=object)
-    made[:] = registers
-    return mgpu.FragmentedArray(_registers=made.reshape(array.registers.shape), _layout=array.layout, _is_signed=None)
-
-
-def _tree(operation, numbers: list):
-    """Over all numbers, neighbours first."""
-    while len(numbers) > 1:
-        numbers = [operation(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
-    return numbers[0]
-
-
-def _instruction(instruction: str, *registers):
-    """PTX without a result, which may use 32-bit registers, and stays where it is."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(registers), instruction, ",".join(["r"] * len(registers)), has_side_effects=True)
-
-
-def _max(a, b):
-    return _asm("max.f32 $0, $1, $2;", a, b)
-
-
-def _add(a, b):
-    return _asm("add.f32 $0, $1, $2;", a, b)
-
-
-def _asm(instructions: str, *numbers):
-    """PTX on float32 numbers: $0 is the result, $1 ... the arguments, x a register."""
-    constraints = ",".join(["=f", *["f"] * len(numbers)])
-    return llvm.inline_asm(ir.F32Type.get(), list(numbers), f"{{ .reg .f32 x; {instructions} }}", constraints)
-
-
-def _literal(x: float) -> str:
-    return "0f" + struct.pack(">f", x).hex()
