@@ -206,6 +206,8 @@ def padded_section(results: Results) -> list[str]:
             "speed as a fraction of cuDNN's. The lengths are arrays, not constants, and every contender gets them. bfloat16."
         ),
         *_in_both_directions(results),
+        "\nErrors as above, of the last row:\n",
+        tables.errors(results),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The seam to Pallas's Mosaic GPU route: what depends on its API, young and still moving, stands here and in registers.py."""
+"""The seam to Pallas's Mosaic GPU route: what depends on its API, young and still moving, stands here, in registers.py, lanes.py and fragments.py."""
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
