@@ -50,6 +50,7 @@ from flashcore_jax.tuning.tiles import bucket_tiles
 CELLS = {"forward": ("P1", "P9", "P2"), "closing": ("P2", "P4", "P3"), "decode": ("D1", "D5", "D2")}
 CELLS |= dict.fromkeys(("dkdv", "dq"), ("P2", "P4", "P1"))
 SPILLED = 2 * 4 * 255  # bytes: every register of a thread stored and loaded once. What spills more does so inside the loop
+SPILLED_BY_PARTS = 4 * SPILLED  # of float32 on Hopper the fastest tiles do (docs/tuning.md)
 FIRST_SAMPLES, FINALISTS = 8, 4
 WORTH = 1.01  # less is noise, and rows would come and go
 
@@ -65,6 +66,10 @@ class Bucket:
     @property
     def bits(self) -> int:
         return 32 if self.dtype == "float32" else 16
+
+    @property
+    def most_spilled(self) -> int:
+        return SPILLED_BY_PARTS if self.bits == 32 and self.gpu.has_wgmma else SPILLED
 
     def __str__(self) -> str:
         return f"{self.bits} bits, head dim {self.head_dim}"
@@ -121,7 +126,7 @@ def prune(bucket: Bucket, jobs: list[Job], workers: int) -> dict[Job, dict]:
     if cannot is None:
         for job, facts in aot.in_processes(functools.partial(facts_of, kind), jobs, workers):
             found[job] = facts or {"reason": aot.ABORTED}
-            if found[job].get("spills", 0) > SPILLED and job.tile != bucket.in_force(job.kernel):
+            if found[job].get("spills", 0) > bucket.most_spilled and job.tile != bucket.in_force(job.kernel):
                 found[job]["reason"] = f"spills {facts['spills']} bytes"
             if len(found) % 20 == 0 or len(found) == len(jobs):
                 say(f"{bucket}: compiled {len(found)} of {len(jobs)} candidates, {sum('reason' in f for f in found.values())} pruned")

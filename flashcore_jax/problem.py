@@ -22,10 +22,11 @@ _LEAST, _MOST = 1e-30, 1e30  # of a scale or a cap: its products with log2(e) an
 
 _PRECISIONS = {
     jax.lax.Precision.DEFAULT: "tf32",
-    jax.lax.Precision.HIGH: "tf32x3",
+    jax.lax.Precision.HIGH: "high",
     jax.lax.Precision.HIGHEST: "float32",
     jax.lax.DotAlgorithmPreset.TF32_TF32_F32: "tf32",
-    jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3: "tf32x3",
+    jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3: "high",
+    jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6: "high",
     jax.lax.DotAlgorithmPreset.F32_F32_F32: "float32",
 }
 
@@ -46,7 +47,7 @@ class Problem:
     scale: float
     logits_soft_cap: float | None
     split_size: int | None
-    precision: str  # "native" for 16-bit inputs; "tf32", "tf32x3" or "float32" for float32 inputs
+    precision: str  # "native" for 16-bit inputs; "tf32", "high" or "float32" for float32 inputs
     query_lengths: bool  # the rows have query lengths of their own
     key_lengths: bool
     cached: bool = False  # key and value are a `KVCache`'s, whose rows may have overflowed
@@ -163,7 +164,7 @@ def check_head_dims(sizes: dict) -> None:
 def _precision(precision, dtype: str) -> str:
     try:
         canonical = jax.lax.Precision(precision) if isinstance(precision, str) else precision
-        name = "tf32x3" if precision is None else _PRECISIONS[canonical]
+        name = "high" if precision is None else _PRECISIONS[canonical]
     except (KeyError, ValueError, TypeError):
         known = "None, a jax.lax.Precision or its name, or a float32 jax.lax.DotAlgorithmPreset"
         raise OptionError(f"expected precision to be {known}; got {precision!r}; None keeps float32 accuracy for float32 inputs") from None

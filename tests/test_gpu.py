@@ -130,7 +130,10 @@ def test_a_query_does_not_depend_on_the_queries_beside_it(is_causal):
         chex.assert_trees_all_equal(alone, jax.tree.map(lambda x, count=count: x[:, -count:], everyone))
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float16", 128), ("bfloat16", 96), ("float16", 256)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [("bfloat16", 64), ("float16", 128), ("bfloat16", 96), ("float16", 256), pytest.param("float32", 96, marks=pytest.mark.hopper)],
+)
 def test_the_tile_changes_no_bit(dtype, head_dim):
     """Neither the rows of a tile, nor how its warps share them, nor whether a program has all of a row's keys: the additions are
     those of the key grid (`block_k`) and of the splits. Tensor cores of both generations among them."""

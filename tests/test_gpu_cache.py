@@ -14,6 +14,8 @@ from flashcore_jax import KVCache
 from flashcore_jax.testing import Inputs, Workload, inputs, oracle
 
 pytestmark = pytest.mark.gpu
+# Where prefill and decode have the same bits.
+EQUAL_IN = ["bfloat16", "float16", pytest.param("float32", marks=pytest.mark.hopper)]
 
 # By the implementations that are chosen by default: on Hopper a prefill is another one's than a decode step.
 attention = functools.partial(flashcore_jax.attention, is_causal=True, return_lse=True)
@@ -65,7 +67,7 @@ def rows_at(results, length, T):
     return jax.tree.map(lambda x: jnp.stack([x[b, n - T : n] for b, n in enumerate(length)]), results)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", EQUAL_IN)
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1)], ids=["1:1", "4:1", "8:1"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_equals_prefill(head_dim, heads, dtype):
@@ -91,7 +93,7 @@ def test_decode_equals_prefill(head_dim, heads, dtype):
                 chex.assert_trees_all_equal(got, rows_at(full, length, T), custom_message=f"lengths {length}, {T} tokens")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", EQUAL_IN)
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, (8, 8)), (128, (8, 2)), (256, (8, 1)), (96, (6, 2))])
 def test_every_chunking_equals_the_whole(head_dim, heads, dtype):
     n = 2500

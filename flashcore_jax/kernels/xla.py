@@ -28,7 +28,7 @@ _BLOCK_Q, _BLOCK_K = 128, 128
 _PRECISION = {
     "native": lax.Precision.DEFAULT,
     "tf32": lax.Precision.DEFAULT,
-    "tf32x3": lax.Precision.HIGHEST,
+    "high": lax.Precision.HIGHEST,
     "float32": lax.Precision.HIGHEST,
 }
 

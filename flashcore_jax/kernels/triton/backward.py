@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, padded, round_up, row_specs
+from flashcore_jax.kernels.triton.blocks import Programs, head_chunks, padded, round_up, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load, load_chunks, scaled_exp2, store_chunks, tanh_for
 from flashcore_jax.logits import scores_of, times_slope
 from flashcore_jax.masks import quotient, sees_any, visible, visible_blocks
@@ -41,7 +41,7 @@ def _dkdv_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, probl
     first_key = key_tile * block_k
     keys = first_key + lax.iota(jnp.int32, block_k)
     is_key = keys < key_length
-    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
+    h, hv = head_chunks(problem)
     every_key_exists = not problem.key_lengths and problem.S % block_k == 0
     k = load_chunks(k_ref, h, rows=None if every_key_exists else is_key)
     v = load_chunks(v_ref, hv, rows=None if every_key_exists else is_key)
@@ -86,7 +86,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs, problem
     _, query_tile, _ = programs.split(pl.program_id(0))
     first_query = query_tile * block_q
     queries = first_query + lax.iota(jnp.int32, block_q)
-    h, hv = column_chunks(problem.H), column_chunks(problem.Hv)
+    h, hv = head_chunks(problem)
     is_row = sees_any(queries, query_length, key_length, problem.band)
     q = load_chunks(q_ref, h, rows=is_row)
     dout = load_chunks(dout_ref, hv, rows=is_row)

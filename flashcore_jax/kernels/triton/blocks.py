@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from flashcore_jax.kernels.triton.launch import by_parts
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import told
@@ -33,13 +34,21 @@ class Columns:
         return None if self.used == self.width else lax.iota(jnp.int32, self.width) < self.used
 
 
-def column_chunks(size: int) -> tuple[Columns, ...]:
+def head_chunks(problem: Problem, whole: int = 64) -> tuple[tuple[Columns, ...], tuple[Columns, ...]]:
+    """How a kernel holds the columns of query and key, and those of value; it has registers for `whole` columns of value at once."""
+    if not by_parts(problem.precision):
+        return column_chunks(problem.H), column_chunks(problem.Hv)
+    # Each operand takes registers three times, and each product's sum stands beside the accumulator: 64 columns spill least.
+    return column_chunks(problem.H, 64), column_chunks(problem.Hv, whole if problem.Hv <= whole else 64)
+
+
+def column_chunks(size: int, widest: int = 256) -> tuple[Columns, ...]:
     """A head dim as powers of two, the widest first: 128 is one chunk, 192 is 128 + 64, 80 is 64 + 16."""
     chunks, start = [], 0
     while start < size:
         rest = size - start
         # 16 is the tensor core's smallest depth; below that the chunk is padded.
-        width = max(16, 1 << (rest.bit_length() - 1))
+        width = min(widest, max(16, 1 << (rest.bit_length() - 1)))
         chunks.append(Columns(start, width, min(width, rest)))
         start += width
     return tuple(chunks)

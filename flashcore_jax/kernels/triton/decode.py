@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, key_spec, padded, row_specs
+from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, head_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, scaled_exp2, store
 from flashcore_jax.logits import log2_scale_of
@@ -96,7 +96,8 @@ def _rows_of(first, count: int, problem: Problem):
 
 def _scores(q_ref, k_ref, row, out_rows, queries, problem: Problem, block_k: int):
     """`scores_at` of the rows of query [T * N, H]."""
-    q = tuple(load(q_ref, _scattered(out_rows, c), queries < row.lengths[0], c.exist) for c in column_chunks(problem.H))
+    h, _ = head_chunks(problem)
+    q = tuple(load(q_ref, _scattered(out_rows, c), queries < row.lengths[0], c.exist) for c in h)
     return scores_at(q, k_ref, row, queries, problem, block_k)
 
 
@@ -206,7 +207,8 @@ def _store(total, out_refs, hv, out_rows, is_query, exist, row):
 def _columns(problem: Problem, cut: Cut):
     """The columns of value that a program holds, and how many its block spans."""
     if cut.parts == 1:
-        return column_chunks(problem.Hv), padded(problem.Hv)
+        _, hv = head_chunks(problem, whole=128)
+        return hv, padded(problem.Hv)
     width = problem.Hv // cut.parts
     return (Columns(0, width, width),), width
 

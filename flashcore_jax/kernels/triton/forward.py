@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Programs, column_chunks, key_spec, padded, row_specs
+from flashcore_jax.kernels.triton.blocks import Programs, head_chunks, key_spec, padded, row_specs
 from flashcore_jax.kernels.triton.launch import dot, dot_chunks, launch, load_chunks, scaled_exp2, store, store_chunks, tanh_for
 from flashcore_jax.logits import log2_scale_of, scores_of
 from flashcore_jax.masks import quotient, visible, visible_blocks
@@ -27,11 +27,12 @@ from flashcore_jax.tuning.tiles import Tile, Tiles
 def scores_at(q, k_ref, row: Row, queries, problem: Problem, block_k: int):
     """A function that computes a block's scores, -inf where masked. queries: int32[rows], each row's query."""
     query_length, key_length = row.lengths
+    h, _ = head_chunks(problem)
 
     def scores(block, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        k = load_chunks(k_ref, column_chunks(problem.H), (*row.layer, pl.ds(block * block_k, block_k)), is_key)
+        k = load_chunks(k_ref, h, (*row.layer, pl.ds(block * block_k, block_k)), is_key)
         scores, _ = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem))
         if not masked:
             return scores
@@ -102,9 +103,9 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, tile: Tile, programs: 
     queries = first_query + lax.iota(jnp.int32, block_q)
     is_query = queries < row.lengths[0]
     in_t = None if problem.T % block_q == 0 else queries < problem.T
-    hv = column_chunks(problem.Hv)
+    h, hv = head_chunks(problem, whole=128)
     every_row_exists = not problem.query_lengths and in_t is None
-    q = load_chunks(q_ref, column_chunks(problem.H), rows=None if every_row_exists else is_query)
+    q = load_chunks(q_ref, h, rows=None if every_row_exists else is_query)
     span = first_query, block_q
     blocks, sums = key_walk(scores_at(q, k_ref, row, queries, problem, block_k), v_ref, row, block_q, span, problem, block_k, hv)
 

@@ -23,7 +23,7 @@ from flashcore_jax.tuning.gpus import target_gpu
 _DOT_PRECISION = {
     "native": (lax.Precision.DEFAULT, lax.Precision.DEFAULT),
     "tf32": lax.DotAlgorithmPreset.TF32_TF32_F32,
-    "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+    "high": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
     "float32": lax.DotAlgorithmPreset.F32_F32_F32,
 }
 
@@ -87,13 +87,44 @@ def barrier():
         plgpu.debug_barrier()
 
 
+def by_parts(precision: str) -> bool:
+    """Whether float32 matrices are multiplied in parts of 16 bits. Hopper's tensor cores take TF32 operands from shared memory in one
+    orientation only, and what turns the others round costs more than the products."""
+    gpu = target_gpu()
+    return precision == "high" and gpu is not None and gpu.has_wgmma
+
+
 def dot(a, b, precision: str, *, contract=(1, 0)):
     """The product of two matrices of one dtype over the named axis of each, accumulated in float32."""
+    if by_parts(precision):
+        return product_of_parts(a, b, functools.partial(dot, precision="native", contract=contract))
     how = _DOT_PRECISION[precision]
     if target_gpu() is None and precision != "native":
         how = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)  # the CPU has no TF32
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=how, preferred_element_type=jnp.float32)
+
+
+# Of parts 0, 1 and 2, whose sizes are 1, 2^-8 and 2^-16 of the number's: all products down to 2^-16, the smallest first.
+_PAIRS_OF_PARTS = ((1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0))
+
+
+def product_of_parts(a, b, dot):
+    """The product of two float32 matrices, good to 2^-22: the sum of six of their parts."""
+    a, b = _parts(a), _parts(b)
+    return functools.reduce(lambda x, y: x + y, (dot(a[i], b[j]) for i, j in _PAIRS_OF_PARTS))
+
+
+def _parts(x):
+    """Three bfloat16 numbers that add up to a float32, exactly. (Infinity, which no difference can follow, gives NaN.)"""
+
+    def cut(x):  # and not rounded: no number becomes infinite
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(1 << 16)), jnp.float32)
+
+    first = cut(x)
+    rest = x - first
+    second = cut(rest)
+    return [part.astype(jnp.bfloat16) for part in (first, second, rest - second)]
 
 
 def dot_chunks(a, b, precision: str):
