@@ -165,8 +165,7 @@ def _points(ax, results, direction: str, cells, figure: str, unit: str, roof: st
 
 
 def _by_length(boards) -> dict[int, dict[tuple[str, str], dict[int, dict]]]:
-    """{head dim: {(direction, contender): {T: record}}} of the board lengths and of what the board prefill has of its kind, if both
-    are of one commit: a line through the times of two programs would show neither."""
+    """{head dim: {(direction, contender): {T: record}}} of the board lengths and of what the board prefill has of its kind."""
 
     def kind(cell):
         return cell.N == cell.K, cell.B * cell.T, cell.N * cell.H, cell.is_causal, cell.window, cell.dtype
@@ -174,8 +173,7 @@ def _by_length(boards) -> dict[int, dict[tuple[str, str], dict[int, dict]]]:
     lengths = boards["lengths"]
     kinds = {kind(cell) for cell in lengths.cells.values()}
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    of_one_commit = len({run["commit"] for board in ("prefill", "lengths") for run in boards[board].runs.values()}) == 1
-    for results in (boards["prefill"], lengths) if of_one_commit else (lengths,):
+    for results in (boards["prefill"], lengths):
         for name, cell in results.cells.items():
             for direction in DIRECTIONS if kind(cell) in kinds else ():
                 for contender in lengths.contenders(direction):
@@ -184,12 +182,17 @@ def _by_length(boards) -> dict[int, dict[tuple[str, str], dict[int, dict]]]:
     return dict(sorted(found.items()))
 
 
-def _lines(ax, found, direction: str, figure) -> None:
+def _of_one_commit(boards) -> bool:
+    """If not, a line through the times of two programs would show neither."""
+    return len({run["commit"] for board in ("prefill", "lengths") for run in boards[board].runs.values()}) == 1
+
+
+def _lines(ax, found, direction: str, figure, joined: bool) -> None:
     for (of, name), records in found.items():
         if of == direction:
             points = {T: figure(record) for T, record in sorted(records.items())}
             (colour, marker), ours = STYLES[name], name == OURS
-            ax.plot(list(points), list(points.values()), color=colour, marker=marker, ms=7 if ours else 5, lw=2.4 if ours else 1.5, zorder=3 + ours)  # fmt: skip
+            ax.plot(list(points), list(points.values()), color=colour, marker=marker, ls="-" if joined else "", ms=7 if ours else 5, lw=2.4 if ours else 1.5, zorder=3 + ours)  # fmt: skip
     ticks = sorted({T for records in found.values() for T in records})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{T // 1024}k" if T >= 1024 else T for T in ticks])
@@ -202,7 +205,7 @@ def draw_lengths(boards):
     roof = boards["lengths"].ceilings.get("matmul")
     for row, direction in zip(axes, DIRECTIONS, strict=True):
         for ax, (H, lines) in zip(row, found.items(), strict=True):
-            _lines(ax, lines, direction, lambda record: record["tflops"])
+            _lines(ax, lines, direction, lambda record: record["tflops"], _of_one_commit(boards))
             ax.set_title(f"{TITLES[direction]}, head dim {H}", loc="left", fontsize=10)
             if roof:
                 ax.axhline(roof["value"], color=INK, linestyle=":", linewidth=1.2)
@@ -220,7 +223,7 @@ def draw_time(boards):
     H = list(found)[len(found) // 2]
     figure, (axes,) = _figure(1, 2, (10, 4), sharey=True)
     for ax, direction in zip(axes, DIRECTIONS, strict=True):
-        _lines(ax, found[H], direction, lambda record: record["time_us"]["median"] / record["cell"]["B"])
+        _lines(ax, found[H], direction, lambda record: record["time_us"]["median"] / record["cell"]["B"], _of_one_commit(boards))
         ax.set_yscale("log")
         ax.set_title(f"{TITLES[direction]}, head dim {H}", loc="left", fontsize=10)
         ax.set_xlabel("T", fontsize=9)

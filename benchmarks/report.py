@@ -192,7 +192,7 @@ def prefill_section(results: Results) -> list[str]:
 def lengths_section(results: Results) -> list[str]:
     cell = next(iter(results.cells.values()))
     return [
-        f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too, if they are of the same commit.\n",
+        f"Causal, N = K, N·H = {cell.N * cell.H}, B·T = {cell.B * cell.T}, {cell.dtype}. The cells above that are of this kind are drawn too, without lines if they are of another commit.\n",
         "<details><summary>The numbers</summary>",
         *_in_both_directions(results),
         "\n</details>",
@@ -279,7 +279,7 @@ def latency_section(results: Results) -> list[str]:
 def float32_section(results: Results) -> list[str]:
     return [
         (
-            "Cells of the board with float32 inputs, whose products are float32-level by default (three TF32 products each), beside themselves in bfloat16. "
+            "Cells of the board with float32 inputs, whose products are float32-level by default ([numerics](numerics.md)), beside themselves in bfloat16. "
             "Errors: root mean square against float64, as a fraction of the result's own; after the slash, of the worst gradient. cuDNN "
             "has no float32.\n"
         ),

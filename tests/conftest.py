@@ -4,11 +4,11 @@ import glob
 import os
 
 # Four devices on a CPU, for shard_map; on a GPU, no search for the fastest matrix product in every test.
-_flags = ["--xla_force_host_platform_device_count=4", "--xla_gpu_autotune_level=0"]
-if not glob.glob("/dev/nvidia[0-9]*"):
-    # Most of the time goes into programs that are compiled once and run once: a quarter less of it.
-    _flags += ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 --xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# On a CPU most of the time goes into programs that are compiled once and run once: a quarter less of it.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level={} --xla_cpu_parallel_codegen_split_count=1 {}".format(
+    3 if glob.glob("/dev/nvidia[0-9]*") else 0, os.environ["XLA_FLAGS"]
+)
 os.environ["FLASHCORE_TILES"] = ""  # the shipped tiles, whatever the developer has tuned
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest-xdist's workers share the GPU
 # One thread for each worker's oracles: numpy's threads of all workers together take minutes for what one does in a second.

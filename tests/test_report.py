@@ -233,9 +233,12 @@ def test_lengths_are_completed_by_the_prefill_board(tmp_path):
     assert {H: sorted(lines["fwd", "cudnn"]) for H, lines in found.items()} == {H: [512, 1024, 4096, 16384] for H in (64, 128, 256)}
 
 
-def test_lengths_are_not_completed_by_another_program(tmp_path):
-    found = pictures._by_length(load(tmp_path, made_up("1", "lengths", commit="a"), made_up("2", "prefill", commit="b")))
-    assert {H: sorted(lines["fwd", "cudnn"]) for H, lines in found.items()} == {64: [512, 1024, 16384], 128: [512], 256: [512, 1024, 16384]}
+@pytest.mark.parametrize(("commit", "line"), [("a", "-"), ("b", "None")])
+def test_no_line_joins_the_times_of_two_programs(tmp_path, commit, line):
+    pytest.importorskip("matplotlib")
+    boards = load(tmp_path, made_up("1", "lengths", commit="a"), made_up("2", "prefill", commit=commit))
+    for draw in (pictures.draw_lengths, pictures.draw_time):
+        assert {drawn.get_linestyle() for drawn in draw(boards).axes[0].lines} - {":"} == {line}
 
 
 def test_every_picture_draws_every_contender(tmp_path):

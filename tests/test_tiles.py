@@ -141,6 +141,20 @@ def test_a_users_row_comes_before_the_shipped_one_and_changes_no_other_bucket(us
     assert tile_rows.origin() == f"the package's, but for 3 of {tile_rows.user_file()}"
 
 
+def test_float32_multiply_adds_have_tiles_of_their_own(user):
+    """The measured ones are for tensor cores: without them they spill all that they hold (head dim 256: 330,552 bytes, compiled for an
+    H100 by ptxas 13.5.37)."""
+    user([row("dq", bits=32, head_dim=64)])
+
+    def timed(head_dim, **options):
+        tiles = vars(tiles_for(H200, problem("float32", head_dim, **options))).values()
+        return [tile.reason == "the user's" or " us" in tile.reason for tile in tiles]
+
+    for head_dim in (64, 128, 256):
+        assert all(timed(head_dim))
+        assert not any(timed(head_dim, precision="highest"))
+
+
 def test_a_users_file_is_read_once_and_not_at_import(user, monkeypatch):
     file = user([row(num_stages=3)])
     assert tiles_for(H200, problem("bfloat16", 128)).dq.num_stages == 3

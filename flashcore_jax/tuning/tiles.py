@@ -21,10 +21,9 @@ def tiles_for(gpu: Gpu | None, problem: Problem) -> Tiles:
     gpu = gpu or gpu_of("NVIDIA H200")
     bits = 32 if problem.dtype == "float32" else 16
     head_dim = next(size for size in HEAD_DIMS if max(problem.H, problem.Hv) <= size)
-    if problem.precision == "float32":
-        tiles = Tiles(**_heuristic(gpu, bits, head_dim))  # the rows are measured on tensor cores; without them a large tile spills all it has
-    else:
-        tiles = bucket_tiles(gpu, bits, head_dim, user_rows())
+    # What rows say is measured on tensor cores; in float32 multiply-adds a tile as large spills all that it has.
+    on_tensor_cores = problem.precision != "float32"
+    tiles = bucket_tiles(gpu, bits, head_dim, user_rows()) if on_tensor_cores else Tiles(**_heuristic(gpu, bits, head_dim))
     if problem.band == Band():
         # Every query tile reads every key: tile after tile of one head finds that head's keys in the L2 (P7: 5 %, closing 2 %). That is
         # the mask's doing, and stands above what a row says, which is measured causal.

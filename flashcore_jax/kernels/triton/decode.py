@@ -218,8 +218,7 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
     p = problem
     cut = cut_for(p, tiles.decode, multiprocessors)
     tile = cut.tile
-    # The heads of a split beside each other: they read the same pages of memory.
-    programs = Programs(p.B, p.K, cut.programs, heads_fastest=True, last_tile_first=False)
+    programs = Programs(p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False)
     _, width = _columns(p, cut)
     query = query.reshape(p.B, p.T * p.N, p.H)
 
