@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Unit roundoff of the 16-bit dtypes. float32 is held to float32-level accuracy, that is 3xTF32: its products are good to 2^-22
-# of |q_h k_h|, and scale * sum_h |q_h k_h| <= 2^3 for N(0, 1) inputs up to head dim 128 (0.64 * sqrt(H) on average), so the
-# logits, and with them the relative errors of P, are good to 2^-19 = 1.9e-6. One TF32 product, at 2^-11, fails it a hundredfold.
+# Unit roundoff of the 16-bit dtypes. float32 is held to float32-level accuracy: its products are good to 2^-22 of |q_h k_h| (3xTF32; six
+# products of bfloat16 parts leave out 2^-24 on average), and scale * sum_h |q_h k_h| <= 2^3 for N(0, 1) inputs up to head dim 128
+# (0.64 * sqrt(H) on average), so the logits, and with them the relative errors of P, are good to 2^-19 = 1.9e-6. One TF32 product, at
+# 2^-11, fails it a hundredfold.
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-19}
 _PRODUCT_ROUNDOFF, _ORDINARY_LOGIT = 2.0**-22, 2.0**3
 # Relative root mean square. Rounding alone gives 0.41 u per factor: three factors (dS or P, the output, delta), sqrt(3) * 0.41.

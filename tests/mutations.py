@@ -55,9 +55,18 @@ _CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _HOPPER, _HOPPER_BACKWARD = "kernels/mosaic_gpu/forward.py", "kernels/mosaic_gpu/backward.py"
 _CLUSTERS = "kernels/mosaic_gpu/decode.py"
-_DECODE, _APPEND = "kernels/triton/decode.py", "kernels/triton/append.py"
+_DECODE, _APPEND, _LAUNCH = "kernels/triton/decode.py", "kernels/triton/append.py", "kernels/triton/launch.py"
+_BY_PARTS = "tests/test_products.py::test_attention_by_parts"
 
 MUTATIONS = {
+    "a product of two parts is left out": Mutation(
+        (Edit(_LAUNCH, "(0, 1), (1, 0), (0, 0))", "(0, 1), (0, 0))"),),
+        (f"{_BY_PARTS}[decode]", "tests/test_products.py::test_six_products_of_parts_are_float32_accurate[1]"),
+    ),
+    "the third part holds the second again": Mutation(
+        (Edit(_LAUNCH, "(first, second, rest - second)", "(first, second, rest)"),),
+        (f"{_BY_PARTS}[forward and backward]", "tests/test_products.py::test_the_parts_of_a_number_add_up_to_it"),
+    ),
     "no mask of key columns": Mutation(
         (Edit("masks.py", "seen = (i < query_length) & (j < key_length)", "seen = (i < query_length) & (j >= 0)"),),
         (*_contract(_PLAIN, "lengths"), _ONES),

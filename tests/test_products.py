@@ -1,10 +1,14 @@
 """How float32 matrices are multiplied on Hopper's tensor cores: by parts of 16 bits. No GPU is needed to see that it is right."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashcore_jax.kernels.triton import launch
+from flashcore_jax.attention import attention
+from flashcore_jax.kernels.triton import blocks, launch
+from flashcore_jax.testing import Workload, assert_right, evaluate, inputs, oracle
 from flashcore_jax.tuning.gpus import gpu_of
 
 
@@ -54,3 +58,15 @@ def test_float32_products_go_by_parts_on_hopper_alone(monkeypatch):
         monkeypatch.setattr(launch, "target_gpu", lambda kind=kind: gpu_of(kind))
         assert launch.by_parts("high") == hopper
         assert not any(map(launch.by_parts, ("native", "tf32", "float32")))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("T", "head_dims"), [(70, (72, 136)), (3, (136, 72))], ids=["forward and backward", "decode"])
+def test_attention_by_parts(monkeypatch, T, head_dims):
+    """The kernels as Hopper gets them, columns in chunks of 64, interpreted."""
+    for module in (launch, blocks):
+        monkeypatch.setattr(module, "by_parts", lambda precision: precision == "high")
+    w = Workload("by parts", 1, T, 150, 2, 1, *head_dims, "float32", is_causal=True, split_size=128)
+    arrays = inputs(w)
+    attend = functools.partial(attention, implementation="triton", split_size=w.split_size)
+    assert_right(evaluate(attend, arrays, **w.options), oracle(arrays, **w.options))
