@@ -26,6 +26,9 @@ _BETWEEN = 256  # keys' worth of time that passes between two tiles
 # not three, took 0.75 of the time for a block (P7 of docs/tuning.md's prototypes, counting their rounds).
 _UNCOVERED = 1
 _CLOSE = 1.01  # to the mean: a longest program so close to it is let be
+# Pieces, and very different numbers of tiles for the programs, must shorten the longest program by more than the 2 % that this count of
+# its time may be wrong by.
+_WORTH = 0.98
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,9 +78,9 @@ def blocks_of(first, size, lengths, band: Band, inside: BlockRange | None = None
 
 def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     """Heads whose keys and values fit the L2 together are computed together; among them the longest tiles come first, each by
-    the program that has least to do so far. Lengths that only the call knows are taken to be full. The last heads that are computed
-    together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit, which is
-    searched for.
+    the program that has least to do so far. Lengths that only the call knows are taken to be full. Where that pays, the last heads that
+    are computed together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit,
+    which is searched for.
 
     Where a tile has the more to do the later it stands, the one that is not full is the first: of 4,096 causal queries in tiles of
     192 that saves one part in 18."""
@@ -94,7 +97,7 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     before = [(0, program) for program in range(min(programs, heads // at_once * parts))], []
     for group in groups:
         before = _dealt(*before, group, work)
-    best = _dealt(*before, last, work)
+    whole = best = _dealt(*before, last, work)
     longest, least = best[0][-1][0], max(before[0][-1][0], sum(load for load, _ in best[0]) / len(best[0]))
     while longest > least * _CLOSE:
         limit = (least + longest) / 2
@@ -102,6 +105,8 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
             best, longest = dealt, dealt[0][-1][0]
         else:
             least = limit
+    if longest > _WORTH * whole[0][-1][0]:
+        best = whole
     found = [[] for _ in best[0]]
     for program, start, size, head in best[1]:
         found[program].append((start * warpgroups + size - 1) * heads + head)
