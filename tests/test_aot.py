@@ -30,11 +30,18 @@ class Aborting(aot.Job):
         os.abort()
 
 
-@pytest.mark.parametrize(("kind", "kernels"), [("causal", ["closing", "dkdv", "dq"]), ("decode", ["decode"])])
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        ("bfloat16 64/64 causal", ["closing", "dkdv", "dq"]),
+        ("bfloat16 64/64 decode", ["decode"]),
+        ("float32 64/64 causal", ["closing", "dkdv", "dq"]),
+    ],
+)
 @pytest.mark.parametrize("gpu", ["NVIDIA A100", "NVIDIA H200"])
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 def test_kernels_compile(gpu, kind, kernels):
-    workload = next(w for w in aot.WORKLOADS if w.name == f"bfloat16 64/64 {kind}")
+    workload = next(w for w in aot.WORKLOADS if w.name == kind)
     (rows,) = aot.compile_all([aot.Job(gpu, workload)], workers=1)
     assert [row["kernel"] for row in rows] == kernels
     for row in rows:
