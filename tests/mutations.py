@@ -244,6 +244,10 @@ MUTATIONS = {
         (Edit("kernels/mosaic_gpu/schedule.py", "_CLOSE = 1.01", "_CLOSE = 2"),),
         ("tests/test_mosaic.py::test_the_longest_program_of_a_cell[P7]", "tests/test_mosaic.py::test_the_longest_program_of_a_cell[P9]"),
     ),
+    "Hopper: any way to end earlier is worth it": Mutation(
+        (Edit("kernels/mosaic_gpu/schedule.py", "_WORTH = 0.98", "_WORTH = 1.0"),),
+        ("tests/test_mosaic.py::test_programs_have_as_many_tiles_where_no_other_way_is_worth_it",),
+    ),
     "Hopper backward: its own rows are let go too early": Mutation(
         (
             Edit(
