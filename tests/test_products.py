@@ -33,6 +33,7 @@ def test_the_parts_of_a_number_add_up_to_it():
     # Cut, a part has eight bits of its number; what is left is smaller than the last of them.
     assert np.all(np.abs(second) < 2.0**-7 * np.abs(first) + (first == 0))
     assert np.all(np.abs(third) < 2.0**-7 * np.abs(second) + (second == 0))
+    assert np.isnan(sum(np.asarray(part, np.float64) for part in launch._parts(jnp.float32(np.inf))))
 
 
 @pytest.mark.parametrize("seed", [1, 2])

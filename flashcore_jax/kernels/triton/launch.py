@@ -110,7 +110,7 @@ _PAIRS_OF_PARTS = ((1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0))
 
 
 def product_of_parts(a, b, dot):
-    """The product of two float32 matrices, good to 2^-22: the sum of six of their parts."""
+    """The product of two float32 matrices, good to 2^-21: the sum of six of their parts."""
     a, b = _parts(a), _parts(b)
     return functools.reduce(lambda x, y: x + y, (dot(a[i], b[j]) for i, j in _PAIRS_OF_PARTS))
 
