@@ -111,6 +111,7 @@ def test_the_right_call_is_right():
         {"precision": "highest"},
         {"precision": jax.lax.Precision.DEFAULT},
         {"precision": jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3},
+        {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6},
         {"logits_soft_cap": 30},
         {"query_seq_lengths": lengths(2), "key_value_seq_lengths": lengths(2, dtype=jnp.uint8)},
         {"query": array(2, 8, 32, 64), "key": array(2, 16, 8, 64), "value": array(2, 16, 8, 64)},
