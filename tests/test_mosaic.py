@@ -301,8 +301,7 @@ def test_every_tile_is_computed_once_and_no_program_has_much_more_to_do(T, B, N,
 
 
 def test_programs_have_as_many_tiles_where_no_other_way_is_worth_it():
-    """The count of a program's time says that 9 to 19 tiles each would be 1 % faster; on an H100 they were 12 % slower than 11 or 12 are
-    on an H200 (16 x 512, 32/8 heads of 64, beside cuDNN's 0.4 %)."""
+    """By count, 9 to 19 tiles for a program instead of 11 or 12 end 1 % earlier: P2's 1 % was not to be seen (docs/tuning.md)."""
     query, key = (jax.ShapeDtypeStruct((16, 512, heads, 64), jnp.float16) for heads in (32, 8))
     turns = [len(mine) for mine in turns_of(schedule_of(problem_of(query, key, key, is_causal=True), 3, programs=132))]
     assert max(turns) - min(turns) <= 1
