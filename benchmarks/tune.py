@@ -68,8 +68,12 @@ class Bucket:
         return 32 if self.dtype == "float32" else 16
 
     @property
+    def by_parts(self) -> bool:
+        return self.bits == 32 and self.gpu.has_wgmma
+
+    @property
     def most_spilled(self) -> int:
-        return SPILLED_BY_PARTS if self.bits == 32 and self.gpu.has_wgmma else SPILLED
+        return SPILLED_BY_PARTS if self.by_parts else SPILLED
 
     def __str__(self) -> str:
         return f"{self.bits} bits, head dim {self.head_dim}"
@@ -148,7 +152,7 @@ class Verifier:
         exact = self.oracle.exact
         self.right = Results(*(jnp.asarray(x, w.dtype) for x in exact))._replace(lse=jnp.asarray(exact.lse, jnp.float32))
         self.reference = None
-        promised = bucket.bits == 16 or bucket.gpu.has_wgmma
+        promised = bucket.bits == 16 or bucket.by_parts
         if kernel in ON_THE_KEY_GRID and promised and jax.default_backend() == "gpu":
             name = "forward" if kernel == "forward" else "closing"  # decode has the bits of prefill
             self.reference = Job(name, w, bucket.in_force(name)).compile()(*self.operands)

@@ -3,11 +3,14 @@
 import glob
 import os
 
-# Four devices on a CPU, for shard_map; on a GPU, no search for the fastest matrix product in every test.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 --xla_gpu_autotune_level=0 {os.environ.get('XLA_FLAGS', '')}"
-# On a CPU most of the time goes into programs that are compiled once and run once: a quarter less of it.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level={} --xla_cpu_parallel_codegen_split_count=1 {}".format(
-    3 if glob.glob("/dev/nvidia[0-9]*") else 0, os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=4",  # on a CPU, for shard_map
+        "--xla_gpu_autotune_level=0",  # no search for the fastest matrix product in every test
+        # Without a GPU most of the time goes into programs that are compiled once and run once: a quarter less of it.
+        *([] if glob.glob("/dev/nvidia[0-9]*") else ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 os.environ["FLASHCORE_TILES"] = ""  # the shipped tiles, whatever the developer has tuned
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest-xdist's workers share the GPU

@@ -276,6 +276,7 @@ def test_heavy_spills_prune_all_but_the_tile_in_force(monkeypatch):
     first, other = tune.prune(bucket(), jobs, 1).values()
     assert first == facts
     assert other["reason"] == f"spills {facts['spills']} bytes"
+    assert all("reason" not in found for found in tune.prune(bucket(dtype="float32"), jobs, 1).values())
 
 
 def test_cells_keep_the_width_of_the_boards_models():
