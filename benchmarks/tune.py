@@ -42,7 +42,7 @@ from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, DTYPES
 from flashcore_jax.testing import Results, Workload
 from flashcore_jax.tuning.candidates import candidates
 from flashcore_jax.tuning.gpus import Gpu, gpu_of, listed_kind, target_gpu
-from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, Tile, Tiles, bucket_of, rows_of, user_file
+from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, Tile, Tiles, place_of, rows_of, user_file
 from flashcore_jax.tuning.tiles import bucket_tiles
 
 # Cells of the board, at head dim 128, that a kernel is timed on; the first one sorts the candidates. The forward kernel that
@@ -263,11 +263,11 @@ class Contest:
 
 
 def merge(file: pathlib.Path, rows: list[dict]):
-    """Puts rows into a file in the place of those of the same bucket and kernel, and gives what the package finds in it then.
+    """Puts rows into a file in the place of those of the same GPU, bucket and kernel, and gives what the package finds in it then.
     Nothing that the package would refuse is written, and who reads meanwhile finds the file as it was or as it is."""
     old = file.read_text(encoding="utf-8") if file.exists() else "[]"
     rows_of(old, str(file))
-    merged = {(*bucket_of(row), row["kernel"]): row for row in (*json.loads(old), *rows)}
+    merged = {place_of(row): row for row in (*json.loads(old), *rows)}
     text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in merged.values()) + "\n]\n"
     found = rows_of(text, str(file))
     for row in rows:

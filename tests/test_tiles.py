@@ -141,6 +141,15 @@ def test_a_users_row_comes_before_the_shipped_one_and_changes_no_other_bucket(us
     assert tile_rows.origin() == f"the package's, but for 3 of {tile_rows.user_file()}"
 
 
+def test_a_row_of_this_very_gpu_comes_before_others_of_its_capability(user):
+    user([row(gpu="NVIDIA H100", num_stages=2), row(num_stages=3), row("decode", gpu="NVIDIA H100", num_stages=4)])
+    kinds = ("NVIDIA H200", "NVIDIA H100", "NVIDIA GH200")
+    tiles = {kind: tiles_for(gpu_of(kind), problem("bfloat16", 128)) for kind in kinds}
+    assert [tiles[kind].dq.num_stages for kind in kinds] == [3, 2, 2]  # the first, where none is its own
+    assert [tiles[kind].decode.num_stages for kind in kinds] == [4, 4, 4]  # the user's before the package's, whatever it was measured on
+    assert tile_rows.origin() == f"the package's, but for 3 of {tile_rows.user_file()}"
+
+
 def test_float32_multiply_adds_have_tiles_of_their_own(user):
     """The measured ones are for tensor cores: without them they spill all that they hold (head dim 256: 330,552 bytes, compiled for an
     H100 by ptxas 13.5.37)."""

@@ -223,10 +223,10 @@ def test_rows_that_the_package_would_refuse_are_not_written(tmp_path):
 def test_merging_keeps_other_rows_and_is_one_step(tmp_path, monkeypatch):
     file = tmp_path / "tiles.json"
     tune.merge(file, [row(), row(head_dim=256), row(gpu="NVIDIA L4"), row(gpu="NVIDIA of tomorrow", capability="13.0")])
-    tune.merge(file, [row(block_q=64, gpu="NVIDIA H100")])  # of the same architecture as an H200: the same bucket
+    tune.merge(file, [row(block_q=64), row(block_q=128, gpu="NVIDIA H100")])  # of the same architecture as an H200, with a row of its own
     listed = json.loads(file.read_text())
     assert [(r["gpu"], r["head_dim"], r["block_q"]) for r in listed] == [
-        ("NVIDIA H100", 64, 64), ("NVIDIA H200", 256, 32), ("NVIDIA L4", 64, 32), ("NVIDIA of tomorrow", 64, 32),
+        ("NVIDIA H200", 64, 64), ("NVIDIA H200", 256, 32), ("NVIDIA L4", 64, 32), ("NVIDIA of tomorrow", 64, 32), ("NVIDIA H100", 64, 128),
     ]  # fmt: skip
     before = file.read_text()
 

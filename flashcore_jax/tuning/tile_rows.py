@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from flashcore_jax.errors import OptionError, check
 from flashcore_jax.problem import SPLIT_UNIT
-from flashcore_jax.tuning.gpus import gpu_of
+from flashcore_jax.tuning.gpus import Gpu, gpu_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,23 @@ class Row(NamedTuple):
     where: str
 
 
-Rows = dict[tuple, dict[str, Row]]  # {(compute capability, bits, head dim bucket): {kernel: its row}}
+# {(compute capability, bits, head dim bucket): {kernel: {kind of GPU: the row measured there}}}
+Rows = dict[tuple, dict[str, dict[str, Row]]]
 
 
 @functools.cache
 def measured_rows() -> Rows:
     return rows_of(resources.files("flashcore_jax.tuning").joinpath("measured.json").read_text(), "measured.json")
+
+
+def rows_for(gpu: Gpu, bits: int, head_dim: int, user: Rows) -> dict[str, Row]:
+    """{kernel: its row} of one bucket: the user's before the package's; in each the one of this very kind of GPU before others of its
+    compute capability. (An H100 and an H200 run the same code, and wait differently long for their memory.)"""
+    found = {}
+    for rows in (measured_rows(), user):
+        for kernel, kinds in rows.get((gpu.capability, bits, head_dim), {}).items():
+            found[kernel] = kinds.get(gpu.kind) or next(iter(kinds.values()))
+    return found
 
 
 def user_file() -> str | None:
@@ -87,7 +98,7 @@ def user_rows() -> Rows:
 def origin() -> str:
     """Whose tiles this process takes, in words."""
     try:
-        count = sum(map(len, user_rows().values()))
+        count = sum(len(kinds) for kernels in user_rows().values() for kinds in kernels.values())
     except OptionError as error:
         return f"none: {error}"
     return f"the package's, but for {count} of {user_file()}" if count else "the package's"
@@ -111,15 +122,22 @@ def rows_of(text: str, source: str) -> Rows:
     for number, row in enumerate(listed, 1):
         where = f"{source}, row {number}"
         check((holds, OptionError, f"{expected} in {where}", got, REMEDY) for holds, expected, got in _rules(row))
-        rows = found.setdefault(bucket_of(row), {})
-        check([(row["kernel"] not in rows, OptionError, "one row for each kernel of a bucket", f"a second one in {where}", REMEDY)])
+        gpu = _gpu_of(row)
+        kinds = found.setdefault((gpu.capability, row["bits"], row["head_dim"]), {}).setdefault(row["kernel"], {})
+        check([(gpu.kind not in kinds, OptionError, "one row for each kernel of a GPU's bucket", f"a second one in {where}", REMEDY)])
         fields = {name: row[name] for name in (*_NUMBERS, "heads_fastest", "reason", "spills") if name in row}
-        rows[row["kernel"]] = Row(Tile(**fields), where)
+        kinds[gpu.kind] = Row(Tile(**fields), where)
     return found
 
 
-def bucket_of(row: dict) -> tuple:
-    return gpu_of(row["gpu"], row.get("capability")).capability, row["bits"], row["head_dim"]
+def _gpu_of(row: dict) -> Gpu:
+    return gpu_of(row["gpu"], row.get("capability"))
+
+
+def place_of(row: dict) -> tuple:
+    """What a file has one row for."""
+    gpu = _gpu_of(row)
+    return gpu.kind, gpu.capability, row["bits"], row["head_dim"], row["kernel"]
 
 
 def _rules(row):
@@ -148,4 +166,4 @@ def _rules(row):
     yield isinstance(row.get("heads_fastest", True), bool), "heads_fastest true or false", row.get("heads_fastest")
     part = row.get("capability", "0.0").split(".")
     yield len(part) == 2 and all(map(str.isdecimal, part)), 'a capability such as "9.0"', row.get("capability")
-    yield bucket_of(row)[0] > (0, 0), "the capability of a GPU that the package does not list", row["gpu"]
+    yield _gpu_of(row).capability > (0, 0), "the capability of a GPU that the package does not list", row["gpu"]

@@ -13,7 +13,7 @@ from flashcore_jax.errors import OptionError, check
 from flashcore_jax.masks import Band
 from flashcore_jax.problem import Problem
 from flashcore_jax.tuning.gpus import Gpu, gpu_of
-from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, REMEDY, Row, Rows, Tile, Tiles, measured_rows, user_rows
+from flashcore_jax.tuning.tile_rows import HEAD_DIMS, KERNELS, ON_THE_KEY_GRID, REMEDY, Row, Rows, Tile, Tiles, rows_for, user_rows
 
 
 def tiles_for(gpu: Gpu | None, problem: Problem) -> Tiles:
@@ -34,9 +34,8 @@ def tiles_for(gpu: Gpu | None, problem: Problem) -> Tiles:
 
 def bucket_tiles(gpu: Gpu, bits: int, head_dim: int, user: Rows) -> Tiles:
     """The tiles of one bucket: the user's rows before the package's, these before the heuristic."""
-    key = (gpu.capability, bits, head_dim)
     heuristic = {name: Row(tile, "the heuristic") for name, tile in _heuristic(gpu, bits, head_dim).items()}
-    rows = heuristic | measured_rows().get(key, {}) | user.get(key, {})
+    rows = heuristic | rows_for(gpu, bits, head_dim, user)
     on_grid = {name: rows[name] for name in ON_THE_KEY_GRID}
     check([
         (

@@ -45,14 +45,15 @@ class _Plan:
     stages: int
     value_stages: int | None = None  # where there is no room for as many
     sharing: int = 1  # warpgroups that compute a tile together: one, or one for dvalue and one for dkey
+    roomy: bool = False  # registers hold the addresses of operands that stay, in every loop
 
     @property
     def tiles(self) -> int:
         return self.computing // self.sharing
 
 
-_DKDV = {64: _Plan(2, 240, 24, 4), 128: _Plan(2, 240, 24, 4), 256: _Plan(2, 240, 24, 2, sharing=2)}
-_DQ = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, value_stages=1)}
+_DKDV = {64: _Plan(2, 240, 24, 4, roomy=True), 128: _Plan(2, 240, 24, 4), 256: _Plan(2, 240, 24, 2, sharing=2)}
+_DQ = {64: _Plan(3, 160, 32, 4, roomy=True), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, value_stages=1)}
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -140,15 +141,6 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
         def fetch_tile(turn, fetched):
             b, kv_head, first_key, keys = schedule.tile(table_ref, program, turn)
             blocks = _range_of(first_key, keys, _lengths_of(row_refs, p, b)[::-1], band)
-            for i in range(plan.tiles):
-
-                @pl.when(turn > 0)
-                def _(i=i):
-                    plgpu.barrier_wait(own_free.at[i])
-
-                rows = pl.ds(schedule.part(first_key, keys, i), ROWS)
-                for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
-                    plgpu.copy_gmem_to_smem(ref.at[b, rows, kv_head], smem.at[i], own_full.at[i])
 
             def fetch(head, block, fetched):
                 slot = remainder(fetched, stages)
@@ -165,8 +157,21 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
                 return fetched + 1
 
             def fetch_head(g, fetched):
-                return lax.fori_loop(blocks.start, blocks.stop, functools.partial(fetch, kv_head * p.G + g), fetched)
+                start = jnp.where(g == 0, ahead, blocks.start)
+                return lax.fori_loop(start, blocks.stop, functools.partial(fetch, kv_head * p.G + g), fetched)
 
+            # There is room for these before the last tile is done.
+            ahead = jnp.minimum(blocks.start + stages, blocks.stop)
+            fetched = lax.fori_loop(blocks.start, ahead, functools.partial(fetch, kv_head * p.G), fetched)
+            for i in range(plan.tiles):
+
+                @pl.when(turn > 0)
+                def _(i=i):
+                    plgpu.barrier_wait(own_free.at[i])
+
+                rows = pl.ds(schedule.part(first_key, keys, i), ROWS)
+                for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, kv_head], smem.at[i], own_full.at[i])
             return lax.fori_loop(jnp.int32(0), jnp.int32(p.G), fetch_head, fetched)
 
         schedule.for_turns(table_ref, program, fetch_tile)
@@ -229,8 +234,10 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
         schedule.for_turns(table_ref, program, compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
+    stays = registers.uniform(warpgroup)
+
     def add_both(_, slot, seen, dk, dv):
-        own = registers.uniform(warpgroup)  # here, within the loop: see there
+        own = stays if plan.roomy else registers.uniform(warpgroup)
         lse, delta = _of_query(lse_smem.at[slot]), _of_query(delta_smem.at[slot])
 
         products = registers.inner_products(k_smem.at[own], q_smem.at[slot])
@@ -304,17 +311,6 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
         def fetch_tile(turn, fetched):
             b, n, first_query, queries = schedule.tile(table_ref, program, turn)
             blocks = _range_of(first_query, queries, _lengths_of(row_refs, p, b), p.band)
-            for w in range(plan.computing):
-
-                @pl.when(turn > 0)
-                def _(w=w):
-                    plgpu.barrier_wait(own_free.at[w])
-
-                rows = pl.ds(part_of(first_query, queries, w), ROWS)
-                for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
-                    plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[w], own_full.at[w])
-                for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
-                    plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[w], own_full.at[w])
 
             def fetch(block, fetched):
                 at = (b, pl.ds(block * BLOCK, BLOCK), quotient(n, p.G))
@@ -328,7 +324,21 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
                     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], full.at[slot])
                 return fetched + 1
 
-            return lax.fori_loop(blocks.start, blocks.stop, fetch, fetched)
+            # As above.
+            ahead = jnp.minimum(blocks.start + min(stages for *_, stages in rings), blocks.stop)
+            fetched = lax.fori_loop(blocks.start, ahead, fetch, fetched)
+            for w in range(plan.computing):
+
+                @pl.when(turn > 0)
+                def _(w=w):
+                    plgpu.barrier_wait(own_free.at[w])
+
+                rows = pl.ds(part_of(first_query, queries, w), ROWS)
+                for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[w], own_full.at[w])
+                for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
+                    plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[w], own_full.at[w])
+            return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
 
         schedule.for_turns(table_ref, program, fetch_tile)
 
@@ -356,6 +366,8 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
             plgpu.barrier_wait(own_full.at[warpgroup])
             of_row = [plgpu.load(x.at[warpgroup], layout=registers.ROW, optimized=False) for x in (lse_smem, delta_smem)]
 
+            stays = registers.uniform(warpgroup)
+
             def visit(block, dq, masked):
                 of_key, of_value = slots_of(block)
                 plgpu.barrier_wait(k_full.at[of_key])
@@ -365,8 +377,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
                 lse, delta = (registers.over_columns(x, BLOCK) for x in of_row)
                 seen = functools.partial(registers.seen, (ROWS, BLOCK), first_query, block * BLOCK, lengths, p.band) if masked else None
 
-                own = registers.uniform(warpgroup)  # said here, within the loop: see there
-
+                own = stays if plan.roomy else registers.uniform(warpgroup)
                 products = registers.inner_products(q_smem.at[own], k_smem.at[of_key])
                 dprobabilities = registers.inner_products(do_smem.at[own], v_smem.at[of_value])
                 _, ds = _ds_of(products, dprobabilities, lse, delta, seen, p)

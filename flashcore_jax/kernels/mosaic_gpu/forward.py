@@ -25,7 +25,7 @@ from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
 from flashcore_jax.kernels.mosaic_gpu.registers import as_row, as_tile, over_columns
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS, Schedule, blocks_of, schedule_of
 from flashcore_jax.logits import scores_of, takes_rough_tanh
-from flashcore_jax.masks import quotient, remainder
+from flashcore_jax.masks import Band, quotient, remainder
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import Rows, row_of, told
 from flashcore_jax.tuning.gpus import Gpu
@@ -42,9 +42,32 @@ class _Plan:
     fetching: int  # registers of a fetching thread; together what a multiprocessor has, 65,536
     stages: int  # blocks of keys, and of values, in shared memory
     total_in_shared: bool = True
+    places: int = 2  # for a tile's queries: the next tile's come early
+    queries_stay: bool = False  # registers hold the addresses of the queries; else they are computed anew for each block
 
 
-_PLANS = {64: _Plan(3, 160, 32, 4), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, total_in_shared=False)}  # by the wider head dim
+# By the wider head dim.
+_PLANS = {
+    64: _Plan(3, 160, 32, 4, queries_stay=True),
+    128: _Plan(3, 160, 32, 2),
+    256: _Plan(2, 240, 24, 2, total_in_shared=False, places=1),
+}
+
+
+def _plan_for(problem: Problem, closes: bool) -> _Plan:
+    p = problem
+    wide = max(p.H, p.Hv)
+    plan = _PLANS[wide]
+    if closes:  # The tiles are long, and the wait for queries is short beside them; nor is there room beside the total.
+        plan = dataclasses.replace(plan, places=1)
+    if wide == 128 and not _ever_masked(p):  # With masks they spill, and a causal call takes 4 % longer.
+        plan = dataclasses.replace(plan, queries_stay=True)
+    return plan
+
+
+def _ever_masked(problem: Problem) -> bool:
+    p = problem
+    return p.band != Band() or p.key_lengths or p.S % BLOCK != 0
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -64,6 +87,11 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
     total_ref, *refs = refs if closes and not plan.total_in_shared else (None, *refs)
     q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_free, k_full, k_free, v_full, v_free = refs
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    rings = ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free))
+
+    def place_of(turn, warpgroup):
+        """Of a warpgroup's queries."""
+        return remainder(turn, plan.places) * plan.computing + warpgroup if plan.places > 1 else warpgroup
 
     @pl.when(warpgroup == plan.computing)
     def _():
@@ -76,10 +104,10 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             blocks = blocks_of(first_query, queries, lengths, p.band)
             kv_head = quotient(n, p.G)
 
-            def fetch(block, fetched):
+            def fetch(block, fetched, rings=rings):
                 slot = remainder(fetched, stages)
                 at = (*row.layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
-                for ref, smem, full, free in ((k_ref, k_smem, k_full, k_free), (v_ref, v_smem, v_full, v_free)):
+                for ref, smem, full, free in rings:
 
                     @pl.when(fetched >= stages)
                     def _(free=free):
@@ -88,18 +116,28 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], full.at[slot])
                 return fetched + 1
 
-            # Keys first: there is room for some while the last tile is still computed with its queries.
-            ahead = jnp.minimum(blocks.start + stages, blocks.stop)
+            def fetch_queries():
+                for w in range(plan.computing):
+                    place = place_of(turn, w)
+
+                    @pl.when(turn >= plan.places)
+                    def _(place=place):
+                        plgpu.barrier_wait(q_free.at[place])
+
+                    rows = pl.ds(schedule.part(first_query, queries, w), ROWS)
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[place], q_full.at[place])
+
+            if plan.places > 1:
+                fetch_queries()
+                return lax.fori_loop(blocks.start, blocks.stop, fetch, fetched)
+            # In the order in which the last tile leaves room: its last block's keys and its queries, then that block's values.
+            ahead = jnp.minimum(blocks.start + stages - 1, blocks.stop)
             fetched = lax.fori_loop(blocks.start, ahead, fetch, fetched)
-            for w in range(plan.computing):
-
-                @pl.when(turn > 0)
-                def _(w=w):
-                    plgpu.barrier_wait(q_free.at[w])
-
-                rows = pl.ds(schedule.part(first_query, queries, w), ROWS)
-                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_full.at[w])
-            return lax.fori_loop(ahead, blocks.stop, fetch, fetched)
+            one_more = jnp.minimum(ahead + 1, blocks.stop)
+            lax.fori_loop(ahead, one_more, functools.partial(fetch, rings=rings[:1]), fetched)
+            fetch_queries()
+            fetched = lax.fori_loop(ahead, one_more, functools.partial(fetch, rings=rings[1:]), fetched)
+            return lax.fori_loop(one_more, blocks.stop, fetch, fetched)
 
         schedule.for_turns(table_ref, program, fetch_tile)
 
@@ -129,16 +167,20 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.barrier_arrive(free.at[slot])
 
-            plgpu.barrier_wait(q_full.at[warpgroup])
+            place = place_of(turn, warpgroup)
+            plgpu.barrier_wait(q_full.at[place])
             lax.fori_loop(everyone.start, blocks.start, skip, None)
             run = functools.partial(
-                _sum, warpgroup=warpgroup, q_smem=q_smem, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), stages=stages, offset=offset,
+                _sum, place=place, q_smem=q_smem, q_free=q_free, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), plan=plan, offset=offset,
                 first_query=first_query, lengths=lengths, blocks=blocks, total=total, problem=p,
             )  # fmt: skip
             any_block = jnp.minimum(blocks.stop - blocks.start, 1)
             acc, running_max, row_sum = lax.fori_loop(jnp.int32(0), any_block, lambda *_: run(), _nothing(p))
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
-            plgpu.barrier_arrive(q_free.at[warpgroup])
+
+            @pl.when(any_block == 0)
+            def _():
+                plgpu.barrier_arrive(q_free.at[place])
 
             queries = first_query + registers.row_iota()
             factor, empty, nothing, lse = finish(running_max, row_sum, queries, lengths, row.overflowed)
@@ -168,13 +210,12 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sum(*, warpgroup, q_smem, k_smem, v_smem, barriers, stages, offset, first_query, lengths, blocks, total, problem: Problem):
-    """The sum over all blocks, at least one: (acc, running_max, row_sum)."""
-    p = problem
+def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first_query, lengths, blocks, total, problem: Problem):
+    """The sum over all blocks, at least one: (acc, running_max, row_sum). Frees the place of the queries."""
+    p, stages = problem, plan.stages
     k_full, k_free, v_full, v_free = barriers
     dtype = jnp.dtype(p.dtype)
-    ends_in_a_block = p.key_lengths or p.S % BLOCK != 0
-    ever_masked = ends_in_a_block or p.band.left is not None or p.band.right is not None
+    ever_masked = _ever_masked(p)
     scores_shape, out_shape = (ROWS, BLOCK), (ROWS, p.Hv)
 
     def slot_of(block):
@@ -183,9 +224,11 @@ def _sum(*, warpgroup, q_smem, k_smem, v_smem, barriers, stages, offset, first_q
     def first_key_of(block):
         return (block - offset) * BLOCK
 
+    stays = registers.uniform(place)
+
     def multiply_keys(block):
         plgpu.barrier_wait(k_full.at[slot_of(block)])
-        return registers.inner_products(q_smem.at[registers.uniform(warpgroup)], k_smem.at[slot_of(block)])
+        return registers.inner_products(q_smem.at[stays if plan.queries_stay else registers.uniform(place)], k_smem.at[slot_of(block)])
 
     def weigh(scores, block, running_max, row_sum, masked):
         scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)
@@ -284,6 +327,7 @@ def _sum(*, warpgroup, q_smem, k_smem, v_smem, barriers, stages, offset, first_q
         carry = walk(blocks.start + 1, jnp.minimum(blocks.stop, (splits[0] + 1) * per_split + offset), carry)
         carry = lax.fori_loop(splits[0] + 1, splits[1], add_split, (*carry, lowest, no_sum))
     acc, probabilities, running_max, row_sum, *of_total = carry
+    plgpu.barrier_arrive(q_free.at[place])
 
     def last(acc_ref):
         wait_for_values(blocks.stop - 1)
@@ -338,7 +382,7 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     p = problem
     closes = p.split_size is not None and p.S > p.split_size
-    plan = _PLANS[max(p.H, p.Hv)]
+    plan = _plan_for(p, closes)
     schedule = schedule_of(p, plan.computing, gpu.multiprocessors)
     width = min(p.Hv, _PIECE)
     out_tile = shared((plan.computing, ROWS, width), p.dtype)
@@ -363,11 +407,11 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
         warpgroups=plan.computing + 1,
         out_type=tuple(out_type),
         scratch=[
-            shared((plan.computing, ROWS, p.H), p.dtype),
+            shared((plan.places * plan.computing, ROWS, p.H), p.dtype),
             *(shared((plan.stages, BLOCK, size), p.dtype) for size in (p.H, p.Hv)),
             out_tile,
             plgpu.SMEM((plan.computing, ROWS), jnp.float32),
-            *[barriers(plan.computing)] * 2,
+            *[barriers(plan.places * plan.computing)] * 2,
             *(barriers(plan.stages), barriers(plan.stages, plan.computing)) * 2,
         ],
     )

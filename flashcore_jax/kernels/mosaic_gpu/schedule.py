@@ -77,7 +77,7 @@ def blocks_of(first, size, lengths, band: Band, inside: BlockRange | None = None
 
 
 def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
-    """Heads whose keys and values fit the L2 together are computed together; among them the longest tiles come first, each by
+    """Heads whose keys and values fit the L2 together are computed together; among them the longest tiles are dealt out first, each to
     the program that has least to do so far. Lengths that only the call knows are taken to be full. Where that pays, the last heads that
     are computed together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit,
     which is searched for.
@@ -107,10 +107,16 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
             least = limit
     if longest > _WORTH * whole[0][-1][0]:
         best = whole
-    found = [[] for _ in best[0]]
+    dealt = [{} for _ in best[0]]  # to each program, of each group
     for program, start, size, head in best[1]:
-        found[program].append((start * warpgroups + size - 1) * heads + head)
-    found = list(filter(None, found))
+        dealt[program].setdefault(head // together, []).append((start * warpgroups + size - 1) * heads + head)
+    # Each program begins at another of a group's tiles: where all begin with the longest, all read keys and values from memory then, and
+    # find them in the L2 later.
+    found = [
+        [number for group in groups.values() for at in [program % len(group)] for number in group[at:] + group[:at]]
+        for program, groups in enumerate(dealt)
+        if groups
+    ]
     table = np.zeros((len(found), 1 + max(map(len, found))), np.int32)
     for row, numbers in zip(table, found, strict=True):
         row[: 1 + len(numbers)] = len(numbers), *numbers
