@@ -244,6 +244,46 @@ MUTATIONS = {
         (Edit("kernels/mosaic_gpu/schedule.py", "_CLOSE = 1.01", "_CLOSE = 2"),),
         ("tests/test_mosaic.py::test_the_longest_program_of_a_cell[P7]", "tests/test_mosaic.py::test_the_longest_program_of_a_cell[P9]"),
     ),
+    "Hopper: every program begins a group with its longest tile": Mutation(
+        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None", "turned = False"),),
+        ("tests/test_mosaic.py::test_programs_begin_a_group_at_different_tiles",),
+    ),
+    "Hopper: tiles far apart share a window": Mutation(
+        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None", "turned = True"),),
+        ("tests/test_mosaic.py::test_programs_begin_a_group_at_different_tiles",),
+    ),
+    "Hopper: the next tile's queries take this one's place": Mutation(
+        (
+            Edit(
+                _HOPPER,
+                "return remainder(turn, plan.places) * plan.computing + warpgroup if plan.places > 1 else warpgroup",
+                "return warpgroup",
+            ),
+        ),
+        (_simulated("causal-fetching first"),),
+    ),
+    "Hopper: queries are let go before the last block's scores": Mutation(
+        (
+            Edit(_HOPPER, "    plgpu.barrier_arrive(q_free.at[place])\n\n    def last", "    def last"),
+            Edit(
+                _HOPPER,
+                "    no_acc, lowest, no_sum = _nothing(p)\n",
+                "    plgpu.barrier_arrive(q_free.at[place])\n    no_acc, lowest, no_sum = _nothing(p)\n",
+            ),
+        ),
+        (
+            _simulated("causal-fetching first"),
+            _simulated("everything but lengths-fetching first"),
+        ),
+    ),
+    "Hopper: a tile without blocks keeps its queries": Mutation(
+        (Edit(_HOPPER, "            @pl.when(any_block == 0)", "            @pl.when(any_block < 0)"),),
+        (_simulated("splits, head dim 128-at random"),),
+    ),
+    "Hopper backward: blocks that were fetched ahead are fetched again": Mutation(
+        (Edit(_HOPPER_BACKWARD, "start = jnp.where(g == 0, ahead, blocks.start)", "start = blocks.start"),),
+        (_simulated("causal-at random"),),
+    ),
     "Hopper: any way to end earlier is worth it": Mutation(
         (Edit("kernels/mosaic_gpu/schedule.py", "_WORTH = 0.98", "_WORTH = 1.0"),),
         ("tests/test_mosaic.py::test_programs_have_as_many_tiles_where_no_other_way_is_worth_it",),

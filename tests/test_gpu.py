@@ -146,8 +146,8 @@ def test_the_tile_changes_no_bit(dtype, head_dim):
         return run(query, key, value, Rows(), problem, Tiles(tile, tile, tile, tile, tile), *options)
 
     tiles = [(64, 64, 4, 2), (128, 64, 8, 1), (16, 64, 1, 1), (16, 64, 4, 2), (32, 64, 2, 1), (32, 64, 4, 1), (64, 64, 8, 1)]
-    if dtype == "float32":
-        tiles.remove((16, 64, 1, 1))  # it spills so much that the memory set aside for it does not fit beside other workers'
+    if dtype == "float32":  # each compiles for 4 s; one warp's spills so much that the memory set aside does not fit beside other workers'
+        tiles = [(64, 64, 4, 2), (128, 64, 8, 1), (16, 64, 4, 2)]
     first = results(*arrays, forward, Tile(*tiles[0]))
     for run in (forward, decode):
         for tile in tiles:

@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import flashcore_jax
 from flashcore_jax import __main__ as command
 from flashcore_jax import implementations
@@ -27,6 +29,7 @@ def test_quick_run_is_right():
     assert "Everything was right" in run.stdout
 
 
+@pytest.mark.host
 def test_a_wrong_implementation_fails(monkeypatch, capsys):
     module = implementations.module("xla")
     attend = module.attend
@@ -59,6 +62,7 @@ def test_a_wrong_decode_step_fails(monkeypatch, capsys):
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
+@pytest.mark.host
 def test_a_failing_implementation_fails(monkeypatch, capsys):
     def fail(*arguments):
         raise RuntimeError("no such kernel")
