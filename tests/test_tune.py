@@ -11,14 +11,14 @@ import jax
 import pytest
 
 from benchmarks import aot, kernels, tune
-from benchmarks.kernels import Job
+from benchmarks.kernels import Job, gpu_here
 from flashcore_jax.errors import OptionError
 from flashcore_jax.problem import problem_of
 from flashcore_jax.tuning import tile_rows
 from flashcore_jax.tuning.gpus import gpu_of
 from flashcore_jax.tuning.tiles import bucket_tiles, tiles_for
 
-H200 = gpu_of("NVIDIA H200")
+H200, HERE = gpu_of("NVIDIA H200"), gpu_here()
 SHIPPED = bucket_tiles(H200, 16, 64, {})
 
 
@@ -27,7 +27,7 @@ def bucket(**fields):
 
 
 def row(kernel="dq", block_k=64, head_dim=64, **fields):
-    about = {"gpu": "NVIDIA H200", "bits": 16, "head_dim": head_dim, "kernel": kernel}
+    about = {"gpu": HERE.kind, "bits": 16, "head_dim": head_dim, "kernel": kernel}
     return about | {"block_q": 32, "block_k": block_k, "num_warps": 4, "num_stages": 1, "reason": "measured"} | fields
 
 
@@ -41,7 +41,7 @@ def taken(file, monkeypatch, head_dim=64):
     tile_rows.user_rows.cache_clear()
     try:
         query = jax.ShapeDtypeStruct((1, 8, 2, head_dim), "float16")
-        return tiles_for(H200, problem_of(query, query, query, is_causal=True))
+        return tiles_for(HERE, problem_of(query, query, query, is_causal=True))
     finally:
         tile_rows.user_rows.cache_clear()
 
@@ -69,8 +69,9 @@ def test_a_quick_run_writes_rows_that_the_package_takes(quick_run, monkeypatch):
         assert (tile.block_q, tile.block_k, tile.num_warps, tile.reason) == (r["block_q"], r["block_k"], r["num_warps"], r["reason"])
         assert tile.reason.startswith("ragged ")
         assert all(word in tile.reason for word in (" us", "%", jax.__version__))
-    assert tiles.decode.block_k == SHIPPED.decode.block_k
-    assert (tiles.forward, tiles.closing, tiles.dkdv) == (SHIPPED.forward, SHIPPED.closing, SHIPPED.dkdv)
+    shipped = bucket_tiles(HERE, 16, 64, {})
+    assert tiles.decode.block_k == shipped.decode.block_k
+    assert (tiles.forward, tiles.closing, tiles.dkdv) == (shipped.forward, shipped.closing, shipped.dkdv)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -84,7 +85,8 @@ def test_every_measurement_is_kept(quick_run):
 
 
 def test_a_wrong_candidate_is_loud_and_never_written(tmp_path, monkeypatch, capsys):
-    (right, wrong), call = bucket().candidates("dq"), Job.call
+    here = bucket(gpu=HERE, tiles=bucket_tiles(HERE, 16, 64, {}))
+    (right, wrong), call = here.candidates("dq"), Job.call
 
     def five_percent_too_much(self, *operands):
         found = call(self, *operands)
@@ -176,7 +178,13 @@ class Measured:
 
     def __init__(self, bucket, kernel, facts, threads):
         self.winner, self.records = bucket.in_force(kernel), {}
-        self.about = {"gpu": "NVIDIA H200", "capability": "9.0", "bits": bucket.bits, "head_dim": bucket.head_dim, "kernel": kernel}
+        self.about = {
+            "gpu": HERE.kind,
+            "capability": "{}.{}".format(*HERE.capability),
+            "bits": bucket.bits,
+            "head_dim": bucket.head_dim,
+            "kernel": kernel,
+        }
         self.job = None
 
     def best(self, samples):
@@ -222,8 +230,17 @@ def test_rows_that_the_package_would_refuse_are_not_written(tmp_path):
 
 def test_merging_keeps_other_rows_and_is_one_step(tmp_path, monkeypatch):
     file = tmp_path / "tiles.json"
-    tune.merge(file, [row(), row(head_dim=256), row(gpu="NVIDIA L4"), row(gpu="NVIDIA of tomorrow", capability="13.0")])
-    tune.merge(file, [row(block_q=64), row(block_q=128, gpu="NVIDIA H100")])  # of the same architecture as an H200, with a row of its own
+    tune.merge(
+        file,
+        [
+            row(gpu="NVIDIA H200"),
+            row(gpu="NVIDIA H200", head_dim=256),
+            row(gpu="NVIDIA L4"),
+            row(gpu="NVIDIA of tomorrow", capability="13.0"),
+        ],
+    )
+    # An H100 is of the same architecture as an H200, with a row of its own.
+    tune.merge(file, [row(gpu="NVIDIA H200", block_q=64), row(block_q=128, gpu="NVIDIA H100")])
     listed = json.loads(file.read_text())
     assert [(r["gpu"], r["head_dim"], r["block_q"]) for r in listed] == [
         ("NVIDIA H200", 64, 64), ("NVIDIA H200", 256, 32), ("NVIDIA L4", 64, 32), ("NVIDIA of tomorrow", 64, 32), ("NVIDIA H100", 64, 128),
