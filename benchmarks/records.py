@@ -24,13 +24,14 @@ class Results:
     """What is shown of one board."""
 
     board: str
-    runs: dict[str, dict] = dataclasses.field(default_factory=dict)  # {run: its record}, oldest first
+    runs: dict[str, dict] = dataclasses.field(default_factory=dict)  # {run: its record} of the times, oldest first
     cells: dict[str, Cell | Loop] = dataclasses.field(default_factory=dict)
     times: dict[tuple[str, str], dict[str, dict]] = dataclasses.field(default_factory=dict)  # [cell, direction][contender]
     before: dict[tuple[str, str, str], dict] = dataclasses.field(default_factory=dict)  # [cell, direction, contender]
     left_out: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)  # [direction, newer run]: cells
     ceilings: dict[str, dict] = dataclasses.field(default_factory=dict)
     memory: dict[tuple[str, str], dict[int, dict]] = dataclasses.field(default_factory=dict)  # [contender, direction][T]
+    memory_runs: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     @property
     def ours(self) -> tuple[str, ...]:
@@ -135,9 +136,11 @@ def _load(board: str, records: list[dict], runs: dict[str, dict]) -> Results:
         for r in records:
             if r["kind"] == "memory" and r["status"] == "ok":
                 results.memory.setdefault((r["contender"], r["direction"]), {})[r["cell"]["T"]] = r
-    used = {r["run"] for kind in (results.times, results.memory) for group in kind.values() for r in group.values()}
-    results.runs = {run: r for run, r in runs.items() if run in used}
-    results.ceilings = {r["name"]: r for r in records if r["kind"] == "ceiling" and r["run"] in used}
+    results.runs, results.memory_runs = (
+        {run: r for run, r in runs.items() if run in {r["run"] for group in kind.values() for r in group.values()}}
+        for kind in (results.times, results.memory)
+    )
+    results.ceilings = {r["name"]: r for r in records if r["kind"] == "ceiling" and r["run"] in results.runs}
     places = {cell.name: place for place, cell in enumerate(BOARDS[board])}
     results.cells = dict(sorted(results.cells.items(), key=lambda item: places.get(item[0], len(places))))
     return results

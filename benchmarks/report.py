@@ -291,8 +291,10 @@ def float32_section(results: Results) -> list[str]:
 
 def memory_section(results: Results) -> list[str]:
     cell = Cell(**next(iter(next(iter(results.memory.values())).values()))["cell"])
+    others = [run for name, run in results.memory_runs.items() if name not in results.runs]
+    whose = "".join(f" Of {run['date']}" + (f", commit {run['commit']}." if run["commit"] else ".") for run in others)
     return [
-        f"Temporary MiB of one call, from XLA's own accounting: B = {cell.B}, N/K = {cell.N}/{cell.K}, H = {cell.H}, {cell.dtype}, causal.\n",
+        f"Temporary MiB of one call, from XLA's own accounting: B = {cell.B}, N/K = {cell.N}/{cell.K}, H = {cell.H}, {cell.dtype}, causal.{whose}\n",
         tables.memory(results),
     ]
 
@@ -315,7 +317,9 @@ def performance(boards: dict[str, Results], images: str = "images", others: dict
         lines.append(f"Measured on other GPUs: {', '.join(f'[{device}]({file})' for device, file in others.items())}.\n")
     measured = [results for results in boards.values() if results.runs]
     if not measured:
-        lines += ["Nothing has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."]
+        lines += [
+            f"{'No time' if boards['prefill'].memory else 'Nothing'} has been measured yet: `python -m benchmarks.run --memory --out benchmarks/results/NAME.jsonl`."
+        ]
     else:
         described = measured[0].runs.keys()
         again = f"`python -m benchmarks.run --board {' '.join(BOARDS)} --memory --out benchmarks/results/NAME.jsonl`"

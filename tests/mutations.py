@@ -245,11 +245,11 @@ MUTATIONS = {
         ("tests/test_mosaic.py::test_the_longest_program_of_a_cell[P7]", "tests/test_mosaic.py::test_the_longest_program_of_a_cell[P9]"),
     ),
     "Hopper: every program begins a group with its longest tile": Mutation(
-        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None", "turned = False"),),
+        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None or p.band.right is None", "turned = False"),),
         ("tests/test_mosaic.py::test_programs_begin_a_group_at_different_tiles",),
     ),
     "Hopper: tiles far apart share a window": Mutation(
-        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None", "turned = True"),),
+        (Edit("kernels/mosaic_gpu/schedule.py", "turned = p.band.left is None or p.band.right is None", "turned = True"),),
         ("tests/test_mosaic.py::test_programs_begin_a_group_at_different_tiles",),
     ),
     "Hopper: the next tile's queries take this one's place": Mutation(

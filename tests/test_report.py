@@ -206,6 +206,34 @@ def test_loops_and_latency_are_rendered(tmp_path):
     assert "| 96 | 0.052 | 0.052 | 0.065 |" in text
 
 
+def memory_of(run_id, commit=""):
+    """A result file's lines of the memory alone."""
+    yield {
+        "run": run_id,
+        "kind": "run",
+        "date": run_id,
+        "quick": False,
+        "commit": commit,
+        "device": "NVIDIA H200",
+        "versions": {"jax": "0"},
+    }
+    cell = dataclasses.asdict(workloads.MEMORY[0])
+    yield {"run": run_id, "board": "prefill", "kind": "memory", "cell": cell, "direction": "fwd", "contender": "flashcore", "status": "ok", "temp_bytes": 1}  # fmt: skip
+
+
+def test_the_memory_of_another_run_says_so_and_no_time_is_taken_for_its(tmp_path):
+    boards = load(
+        tmp_path, memory_of("2026-01-01", "a"), made_up("2026-01-02", "prefill", commit="b"), made_up("2026-01-03", "lengths", commit="b")
+    )
+    assert list(boards["prefill"].runs) == ["2026-01-02"]
+    assert pictures._of_one_commit(boards)
+    of_times, of_memory = report.performance(boards).split("## Memory")
+    assert "2026-01-01" not in of_times
+    assert "Of 2026-01-01, commit a." in of_memory
+    assert "Of 2026" not in render(tmp_path, [*made_up("1", "prefill"), *list(memory_of("1"))[1:]])
+    assert "Of 2026-01-01, commit a." in render(tmp_path, memory_of("2026-01-01", "a"))
+
+
 def test_the_readme_has_the_numbers_of_the_prefill_board(tmp_path):
     text = report.readme_section(load(tmp_path, made_up("1", "prefill"), made_up("2", "prefill", us=60.0)))
     assert "| P1: 16 x 1024, 16/16, 128, causal | 300 | 1.67 | - | 300 | 1.67 | - |" in text

@@ -112,7 +112,7 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
         dealt[program].setdefault(head // together, []).append((start * warpgroups + size - 1) * heads + head)
     # Each program begins at another of a group's tiles: where all begin with the longest, all read keys and values from memory then, and
     # find them in the L2 later. Not with a window, whose tiles share the less the further apart they stand.
-    turned = p.band.left is None
+    turned = p.band.left is None or p.band.right is None  # the backward's causal tiles have a left bound
     found = [
         [number for group in groups.values() for at in [program % len(group) * turned] for number in group[at:] + group[:at]]
         for program, groups in enumerate(dealt)
