@@ -136,10 +136,12 @@ def _load(board: str, records: list[dict], runs: dict[str, dict]) -> Results:
         for r in records:
             if r["kind"] == "memory" and r["status"] == "ok":
                 results.memory.setdefault((r["contender"], r["direction"]), {})[r["cell"]["T"]] = r
-    results.runs, results.memory_runs = (
-        {run: r for run, r in runs.items() if run in {r["run"] for group in kind.values() for r in group.values()}}
-        for kind in (results.times, results.memory)
-    )
+
+    def used(groups):
+        names = {r["run"] for group in groups.values() for r in group.values()}
+        return {run: r for run, r in runs.items() if run in names}
+
+    results.runs, results.memory_runs = used(results.times), used(results.memory)
     results.ceilings = {r["name"]: r for r in records if r["kind"] == "ceiling" and r["run"] in results.runs}
     places = {cell.name: place for place, cell in enumerate(BOARDS[board])}
     results.cells = dict(sorted(results.cells.items(), key=lambda item: places.get(item[0], len(places))))

@@ -122,21 +122,17 @@ def rows_of(text: str, source: str) -> Rows:
     for number, row in enumerate(listed, 1):
         where = f"{source}, row {number}"
         check((holds, OptionError, f"{expected} in {where}", got, REMEDY) for holds, expected, got in _rules(row))
-        gpu = _gpu_of(row)
-        kinds = found.setdefault((gpu.capability, row["bits"], row["head_dim"]), {}).setdefault(row["kernel"], {})
-        check([(gpu.kind not in kinds, OptionError, "one row for each kernel of a GPU's bucket", f"a second one in {where}", REMEDY)])
+        kind, *bucket, kernel = place_of(row)
+        kinds = found.setdefault(tuple(bucket), {}).setdefault(kernel, {})
+        check([(kind not in kinds, OptionError, "one row for each kernel of a GPU's bucket", f"a second one in {where}", REMEDY)])
         fields = {name: row[name] for name in (*_NUMBERS, "heads_fastest", "reason", "spills") if name in row}
-        kinds[gpu.kind] = Row(Tile(**fields), where)
+        kinds[kind] = Row(Tile(**fields), where)
     return found
 
 
-def _gpu_of(row: dict) -> Gpu:
-    return gpu_of(row["gpu"], row.get("capability"))
-
-
 def place_of(row: dict) -> tuple:
-    """What a file has one row for."""
-    gpu = _gpu_of(row)
+    """What a file has one row for: a kind of GPU, its compute capability, bits, head dim bucket and kernel."""
+    gpu = gpu_of(row["gpu"], row.get("capability"))
     return gpu.kind, gpu.capability, row["bits"], row["head_dim"], row["kernel"]
 
 
@@ -166,4 +162,4 @@ def _rules(row):
     yield isinstance(row.get("heads_fastest", True), bool), "heads_fastest true or false", row.get("heads_fastest")
     part = row.get("capability", "0.0").split(".")
     yield len(part) == 2 and all(map(str.isdecimal, part)), 'a capability such as "9.0"', row.get("capability")
-    yield _gpu_of(row).capability > (0, 0), "the capability of a GPU that the package does not list", row["gpu"]
+    yield place_of(row)[1] > (0, 0), "the capability of a GPU that the package does not list", row["gpu"]

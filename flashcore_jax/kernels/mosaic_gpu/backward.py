@@ -45,15 +45,15 @@ class _Plan:
     stages: int
     value_stages: int | None = None  # where there is no room for as many
     sharing: int = 1  # warpgroups that compute a tile together: one, or one for dvalue and one for dkey
-    roomy: bool = False  # registers hold the addresses of operands that stay, in every loop
+    addresses_stay: bool = False  # registers hold those of a tile's own rows; else they are computed anew for each block
 
     @property
     def tiles(self) -> int:
         return self.computing // self.sharing
 
 
-_DKDV = {64: _Plan(2, 240, 24, 4, roomy=True), 128: _Plan(2, 240, 24, 4), 256: _Plan(2, 240, 24, 2, sharing=2)}
-_DQ = {64: _Plan(3, 160, 32, 4, roomy=True), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, value_stages=1)}
+_DKDV = {64: _Plan(2, 240, 24, 4, addresses_stay=True), 128: _Plan(2, 240, 24, 4), 256: _Plan(2, 240, 24, 2, sharing=2)}
+_DQ = {64: _Plan(3, 160, 32, 4, addresses_stay=True), 128: _Plan(3, 160, 32, 2), 256: _Plan(2, 240, 24, 2, value_stages=1)}
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -237,7 +237,7 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
     stays = registers.uniform(warpgroup)
 
     def add_both(_, slot, seen, dk, dv):
-        own = stays if plan.roomy else registers.uniform(warpgroup)
+        own = stays if plan.addresses_stay else registers.uniform(warpgroup)
         lse, delta = _of_query(lse_smem.at[slot]), _of_query(delta_smem.at[slot])
 
         products = registers.inner_products(k_smem.at[own], q_smem.at[slot])
@@ -377,7 +377,7 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
                 lse, delta = (registers.over_columns(x, BLOCK) for x in of_row)
                 seen = functools.partial(registers.seen, (ROWS, BLOCK), first_query, block * BLOCK, lengths, p.band) if masked else None
 
-                own = stays if plan.roomy else registers.uniform(warpgroup)
+                own = stays if plan.addresses_stay else registers.uniform(warpgroup)
                 products = registers.inner_products(q_smem.at[own], k_smem.at[of_key])
                 dprobabilities = registers.inner_products(do_smem.at[own], v_smem.at[of_value])
                 _, ds = _ds_of(products, dprobabilities, lse, delta, seen, p)

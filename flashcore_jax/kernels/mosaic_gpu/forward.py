@@ -43,12 +43,12 @@ class _Plan:
     stages: int  # blocks of keys, and of values, in shared memory
     total_in_shared: bool = True
     places: int = 2  # for a tile's queries: the next tile's come early
-    queries_stay: bool = False  # registers hold the addresses of the queries; else they are computed anew for each block
+    addresses_stay: bool = False  # registers hold those of the queries; else they are computed anew for each block
 
 
 # By the wider head dim.
 _PLANS = {
-    64: _Plan(3, 160, 32, 4, queries_stay=True),
+    64: _Plan(3, 160, 32, 4, addresses_stay=True),
     128: _Plan(3, 160, 32, 2),
     256: _Plan(2, 240, 24, 2, total_in_shared=False, places=1),
 }
@@ -61,7 +61,7 @@ def _plan_for(problem: Problem, closes: bool) -> _Plan:
     if closes:  # The tiles are long, and the wait for queries is short beside them; nor is there room beside the total.
         plan = dataclasses.replace(plan, places=1)
     if wide == 128 and not _ever_masked(p):  # With masks they spill, and a causal call takes 4 % longer.
-        plan = dataclasses.replace(plan, queries_stay=True)
+        plan = dataclasses.replace(plan, addresses_stay=True)
     return plan
 
 
@@ -228,7 +228,7 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
 
     def multiply_keys(block):
         plgpu.barrier_wait(k_full.at[slot_of(block)])
-        return registers.inner_products(q_smem.at[stays if plan.queries_stay else registers.uniform(place)], k_smem.at[slot_of(block)])
+        return registers.inner_products(q_smem.at[stays if plan.addresses_stay else registers.uniform(place)], k_smem.at[slot_of(block)])
 
     def weigh(scores, block, running_max, row_sum, masked):
         scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)

@@ -114,9 +114,7 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     # find them in the L2 later. Not with a window, whose tiles share the less the further apart they stand.
     turned = p.band.left is None or p.band.right is None  # the backward's causal tiles have a left bound
     found = [
-        [number for group in groups.values() for at in [program % len(group) * turned] for number in group[at:] + group[:at]]
-        for program, groups in enumerate(dealt)
-        if groups
+        np.concatenate([np.roll(group, -program * turned) for group in groups.values()]) for program, groups in enumerate(dealt) if groups
     ]
     table = np.zeros((len(found), 1 + max(map(len, found))), np.int32)
     for row, numbers in zip(table, found, strict=True):
