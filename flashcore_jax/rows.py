@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
     lengths: tuple  # valid queries and keys, clamped to the arrays
     overflowed: object = None  # of a cache's row: the answer is NaN
-    layer: tuple = ()  # what stands before the indices into a stacked cache
+    before: tuple = ()  # what stands before the index of a token into keys and values: of a stack its layer
 
 
 def row_of(refs, problem, b=0) -> Row:

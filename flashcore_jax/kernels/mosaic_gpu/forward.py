@@ -106,7 +106,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
 
             def fetch(block, fetched, rings=rings):
                 slot = remainder(fetched, stages)
-                at = (*row.layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
+                at = (*row.before, b, pl.ds(block * BLOCK, BLOCK), kv_head)
                 for ref, smem, full, free in rings:
 
                     @pl.when(fetched >= stages)
