@@ -121,8 +121,9 @@ def _by_length(row_refs, problem: Problem, place):
     p, size = problem, pl.next_power_of_2(problem.B)
     rows = lax.iota(jnp.int32, size)
     key_ref, before = row_refs[int(p.query_lengths)], row_of(row_refs, p).before
-    lengths = jnp.clip(load(key_ref, (*before, pl.ds(0, size)), rows < p.B), 0, p.S)
-    numbers = jnp.where(rows < p.B, lengths * size - rows, -size)  # of rows with as many keys the first has the highest
+    lengths = load(key_ref, (*before, pl.ds(0, size)), rows < p.B, fill=-(1 << 31) // size)
+    # Of rows with as many keys the first has the highest number. All have different ones, though the product may wrap around.
+    numbers = lengths * size + (size - 1 - rows)
     places = jnp.sum(numbers[:, None] > numbers[None, :], axis=0, dtype=jnp.int32)
     return jnp.sum(jnp.where(places == place, rows, 0), dtype=jnp.int32)
 
