@@ -87,9 +87,9 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int, lengths: tuple
     Where a tile has the more to do the later it stands, the one that is not full is the first: of 4,096 causal queries in tiles of
     192 that saves one part in 18."""
     p = problem
-    if lengths is not None:
-        return _by_length(p, warpgroups, programs, *lengths)
     parts = -(-p.T // ROWS)
+    if lengths is not None and p.B * p.N * -(-parts // warpgroups) > 2 * programs:  # fewer tiles are not worth the kernels that deal them
+        return _by_length(p, warpgroups, programs, *lengths)
     edges = sorted({0, *range(0 if p.band.right is None else parts % warpgroups, parts, warpgroups), parts})
     work = _work(p, warpgroups)
     tiles = sorted(itertools.pairwise(edges), key=lambda tile: -work[tile[1] - tile[0]][tile[0]])
@@ -155,15 +155,17 @@ def _by_length(problem: Problem, warpgroups: int, programs: int, own, others) ->
     shape = (p.B, p.N // size, tile.size)
     row, part = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     number = row * p.N + part * size + heads * (stop - start - 1 + warpgroups * start)[:, None]
-    of_part = others.astype(jnp.float32) * (size * (p.H + p.Hv) * 2 / p.G / _L2_BY_LENGTH)
-    group = jnp.floor(jnp.cumsum(jnp.broadcast_to(of_part, shape[:2]))).reshape(*shape[:2], 1)
-    kind, group, work = (jnp.broadcast_to(x, shape).ravel() for x in (kind[:, None], group, work[:, None]))
-    order = jnp.lexsort((-work, group, kind))
+    keys = -work[:, None], kind[:, None]
+    of_part = size * (p.H + p.Hv) * 2 / p.G / _L2_BY_LENGTH  # for each key
+    if p.B * shape[1] * p.S * of_part > 1:
+        group = jnp.floor(jnp.cumsum(jnp.broadcast_to(others * of_part, shape[:2]))).reshape(*shape[:2], 1)
+        keys = keys[0], group, keys[1]
+    order = jnp.lexsort([jnp.broadcast_to(x, shape).ravel() for x in keys])
     programs = min(programs, heads * -(-parts // warpgroups))
     turn, program = np.arange(-(-order.size * size // programs), dtype=np.int32), np.arange(programs, dtype=np.int32)[:, None]
     place = turn * programs + np.where(turn % 2 == 0, program, programs - 1 - program)
     entries = number.ravel()[order][np.minimum(place // size, order.size - 1)] + place % size
-    turns = jnp.sum(place < size * jnp.sum(kind < 2, dtype=jnp.int32), axis=1, keepdims=True, dtype=jnp.int32)
+    turns = jnp.sum(place < size * shape[1] * jnp.sum(kind < 2, dtype=jnp.int32), axis=1, keepdims=True, dtype=jnp.int32)
     return Schedule(warpgroups, parts * ROWS, heads, p.N, 1, jnp.concatenate([turns, entries.astype(jnp.int32)], axis=1))
 
 
