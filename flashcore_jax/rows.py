@@ -18,6 +18,11 @@ class Rows(NamedTuple):
     def of_layer(self) -> "Rows":
         return Rows(self.query_length, *(of_layer(x, self.layer) for x in (self.key_length, self.overflowed)))
 
+    def lengths(self, problem) -> tuple:
+        """(queries, keys) of each row, of one layer: int32[B], or an int for all of them."""
+        of_row = problem.T if self.query_length is None else self.query_length
+        return of_row, problem.S if self.key_length is None else of_layer(self.key_length, self.layer)
+
     def without_overflowed(self, T: int) -> "Rows":
         """The rows of one layer's, where those that have overflowed have no queries: their NaN depends on nothing."""
         return Rows(jnp.where(self.overflowed, 0, T if self.query_length is None else self.query_length), self.key_length)
@@ -38,7 +43,7 @@ class Row(NamedTuple):
 
     lengths: tuple  # valid queries and keys, clamped to the arrays
     overflowed: object = None  # of a cache's row: the answer is NaN
-    layer: tuple = ()  # what stands before the indices into a stacked cache
+    before: tuple = ()  # what stands before the index of a token into keys and values: of a stack its layer
 
 
 def row_of(refs, problem, b=0) -> Row:

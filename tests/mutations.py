@@ -43,7 +43,7 @@ def _clusters(case: str) -> str:
 
 
 def _sharing(case: str) -> str:
-    return f"tests/test_cached_attention.py::test_programs_that_share_a_split_change_nothing[{case}]"
+    return f"{_CACHED}::test_programs_that_share_a_split_change_nothing[{case}]"
 
 
 _PLAIN, _CAUSAL, _RATIO = "head dim 40", "two splits, causal, more keys", "head dim 64, causal, 7:1"
@@ -51,7 +51,8 @@ _ONES = "tests/test_semantics.py::test_ones_stay_ones[triton--30-17-100-False-bf
 _NOBODY = "tests/test_semantics.py::test_a_row_that_sees_nothing[triton-more queries than keys]"
 _HEADS = "tests/test_semantics.py::test_every_query_head_reads_its_groups_key_value_head[triton-8-2]"
 _POISON = "tests/test_semantics.py::test_poison_beyond_the_lengths_changes_nothing[triton-lengths, causal-nan]"
-_CHUNKS = "tests/test_cached_attention.py::test_prefill_and_decode_is_the_whole[triton]"
+_CACHED = "tests/test_cached_attention.py"
+_CHUNKS = f"{_CACHED}::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _HOPPER, _HOPPER_BACKWARD = "kernels/mosaic_gpu/forward.py", "kernels/mosaic_gpu/backward.py"
 _CLUSTERS = "kernels/mosaic_gpu/decode.py"
@@ -148,6 +149,14 @@ MUTATIONS = {
     "every part of value's columns in the first one's place": Mutation(
         (Edit(_DECODE, "start=c.start + part * c.width", "start=c.start + 0 * part"),),
         (_sharing("one split"),),
+    ),
+    "rows of one length have one place": Mutation(
+        (Edit(_DECODE, "lengths * size + (size - 1 - rows)", "lengths * size"),),
+        tuple(f"{_CACHED}::test_{test}" for test in ("the_order_of_the_rows_changes_nothing[2-3]", "rows_are_taken_by_their_lengths")),
+    ),
+    "the shortest rows first": Mutation(
+        (Edit(_DECODE, "numbers[:, None] > numbers[None, :]", "numbers[:, None] < numbers[None, :]"),),
+        (f"{_CACHED}::test_rows_are_taken_by_their_lengths",),
     ),
     "appended one slot late": Mutation(
         (Edit(_APPEND, "pl.ds(start + first, tile.block_q)", "pl.ds(start + first + 1, tile.block_q)"),),

@@ -29,15 +29,17 @@ from cache_helpers import (
     tail,
     tokens_of,
 )
+from jax.experimental import pallas as pl
 
 import flashcore_jax
 from flashcore_jax import reference
 from flashcore_jax.kernels.triton import decode as decode_kernel
+from flashcore_jax.kernels.triton.launch import launch
 from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows, int32
 from flashcore_jax.testing import Workload, inputs, oracle
 from flashcore_jax.tuning.gpus import target_gpu
-from flashcore_jax.tuning.tiles import tiles_for
+from flashcore_jax.tuning.tiles import Tile, tiles_for
 
 # --- full == prefill + decode == every chunking
 
@@ -237,6 +239,50 @@ def test_programs_that_share_a_split_change_nothing(case, monkeypatch):
     assert forward_errors(shared, exact) <= 1.0
     if few.per_split == many.per_split:
         assert_same(shared, together, exact, "triton")
+
+
+_KEYS = np.array([64, 0, 300, 65, 128, 65, -3, 1])  # of rows; below 0 are none
+
+
+def test_rows_are_taken_by_their_lengths():
+    """Each at one place, the longest at the first; of equal ones the first comes first. Numbers that are no lengths are at some place."""
+    for keys in (_KEYS, _KEYS[:5], np.array([5, -(2**31), 2**31 - 1, 2**29, -(2**29)])):
+        B = len(keys)
+        w = Workload("rows", B, 1, 300, 2, 2, 64, 64, "bfloat16", key_value_seq_lengths=(0,) * B)
+        problem = problem_of(*inputs(w)[:3], **w.options)
+
+        def kernel(keys_ref, out_ref, problem=problem):
+            out_ref[0] = decode_kernel._by_length((keys_ref,), problem, pl.program_id(0))
+
+        specs = {"in_specs": [pl.BlockSpec((B,), lambda i: (0,))], "out_specs": [pl.BlockSpec((1,), lambda i: (i,))]}
+        (found,) = launch(kernel, jnp.int32(keys), name="rows", grid=(B,), **specs, out_shape=[((B,), jnp.int32)], tile=Tile(0, 0, 4, 1))
+        chex.assert_trees_all_equal(np.sort(found), np.arange(B, dtype=np.int32))
+        if abs(keys).max() <= w.S:
+            chex.assert_trees_all_equal(np.asarray(found), np.argsort(-keys, kind="stable").astype(np.int32))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("layers", [None, 2])
+def test_the_order_of_the_rows_changes_nothing(layers, splits, monkeypatch):
+    """More programs than run at once take their rows by length: the bits of those that take them as they come."""
+    counts, w = np.array([2, 2, 2, 1, 2, 0, 2, 2]), Workload("rows", len(_KEYS), 2, 300, 4, 2, 64, 64, "bfloat16", is_causal=True)
+    query, key, value = inputs(w)[:3]
+    rows = Rows(jnp.int32(counts), jnp.int32(_KEYS))
+    if layers is not None:
+        key, value = (jnp.stack([x[::-1], x]) for x in (key, value))
+        keys, overflowed = jnp.stack([rows.key_length[::-1], rows.key_length]), jnp.zeros((2, w.B), bool).at[1, 4].set(True)
+        rows = Rows(rows.query_length, keys, overflowed, jnp.array([1], jnp.int32))
+    lengths = {"query_seq_lengths": counts} | ({"key_value_seq_lengths": _KEYS} if layers is None else {"cached": True})
+    problem = problem_of(query, key, value, is_causal=True, split_size=512 if splits == 1 else 128, **lengths)
+    tiles = tiles_for(target_gpu(), problem)
+
+    def run(most_sorted):
+        monkeypatch.setattr(decode_kernel, "_MOST_SORTED", most_sorted)
+        cut = decode_kernel.cut_for(problem, tiles.decode, 1)
+        assert (cut.longest_first, cut.splits) == (most_sorted > 0, splits)
+        return jax.jit(lambda *args: decode_kernel.decode(*args, problem, tiles, 1))(query, key, value, rows)
+
+    chex.assert_trees_all_equal(run(64), run(0))
 
 
 @pytest.mark.parametrize("case", ["one query, three splits", "lengths, window, soft cap"])

@@ -14,6 +14,7 @@ import flashcore_jax
 from benchmarks.workloads import PREFILL
 from flashcore_jax import KVCache, Unsupported, implementations
 from flashcore_jax.kernels.mosaic_gpu import implementation
+from flashcore_jax.kernels.mosaic_gpu import schedule as schedules
 from flashcore_jax.kernels.mosaic_gpu.schedule import schedule_of
 from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows
@@ -254,7 +255,7 @@ def transposed(p):
 def turns_of(schedule) -> list[np.ndarray]:
     """Of each program its turns' (row of the batch, head, first row, rows), as the kernels read them."""
     table = jnp.asarray(schedule.table)
-    counts = schedule.table[:, 0] * schedule.at_once
+    counts = np.asarray(table[:, 0]) * schedule.at_once
     programs = np.repeat(np.arange(schedule.programs, dtype=np.int32), counts)
     turns = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
     tiles = np.stack(schedule.tile(table, jnp.asarray(programs), jnp.asarray(turns)), axis=1)
@@ -316,6 +317,33 @@ def test_programs_begin_a_group_at_different_tiles():
             firsts = [mine[0][2] for mine in turns_of(schedule_of(p, warpgroups, programs=132))]
             counts = np.unique(firsts, return_counts=True)[1] / len(firsts)
             assert counts.max() == pytest.approx(1 if window else 1 / tiles, abs=0.1), window
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "N", "K", "H", "is_causal", "window", "together"),
+    [(1024, 32, 16, 16, 128, True, None, 128), (2048, 8, 32, 8, 128, True, None, 128), (2048, 8, 16, 16, 128, False, None, 32),
+     (2048, 8, 32, 8, 128, True, 512, 128), (1000, 33, 7, 7, 64, True, None, 8), (16384, 3, 4, 4, 256, True, None, 64)],
+)  # fmt: skip
+def test_tiles_of_rows_with_lengths(T, B, N, K, H, is_causal, window, together, monkeypatch):
+    """Every row once, those beyond the lengths too; and of each group of heads no program has a tile's work more than another."""
+    monkeypatch.setattr(schedules, "_L2_BY_LENGTH", together * 2**20)
+    query, key = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
+    lengths = np.exp(np.random.default_rng(0).uniform(np.log(T / 8), np.log(T), B)).astype(np.int32)
+    lengths[:3] = T, 0, T - T % 64 - 1
+    options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    problem = problem_of(query, key, key, is_causal=is_causal, local_window_size=window and (window, 0), **options)
+    for p, warpgroups in ((problem, 3), (transposed(problem), 2), (problem, 2)):
+        schedule = schedule_of(p, warpgroups, 132, (jnp.asarray(lengths), jnp.asarray(lengths)))
+        assert_every_row_once(p, schedule, warpgroups)
+        turns = turns_of(schedule)
+        b, _, first, rows = np.concatenate(turns).T
+        own = jnp.asarray(lengths)[b]
+        blocks = schedules.blocks_of(first, rows, (own, own), p.band)
+        tiles = np.split(np.asarray((blocks.stop - blocks.start) * (rows // 64 + 1)), np.cumsum([len(mine) for mine in turns])[:-1])
+        work = [sum(mine) for mine in tiles]
+        assert all(np.flatnonzero(mine).tolist() == list(range(np.count_nonzero(mine))) for mine in tiles)  # what is beyond comes last
+        groups = 1 + lengths.sum() * K * H * 4 // (together * 2**20)
+        assert max(work) - min(work) <= groups * max(max(mine) for mine in tiles)
 
 
 # By how much the longest program of 132 may have more to do than the mean, had all tiles stayed whole: forward and dq, dkdv. P7's

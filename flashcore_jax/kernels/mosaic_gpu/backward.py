@@ -432,7 +432,8 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
     wide = max(p.H, p.Hv)
     plan = _DKDV[wide]
     transposed = dataclasses.replace(p, T=p.S, S=p.T, N=p.K, H=p.Hv, Hv=p.H, band=p.band.transposed)
-    schedule = schedule_of(transposed, plan.tiles, gpu.multiprocessors)
+    lengths = rows.lengths(p)
+    schedule = schedule_of(transposed, plan.tiles, gpu.multiprocessors, lengths[::-1] if p.key_lengths else None)
     handed_on = [plgpu.SMEM((2, ROWS * BLOCK), jnp.float32), *[plgpu.Barrier(num_barriers=2)] * 2] if plan.sharing > 1 else []
     dk, dv = run(
         *(_dkdv_kernel, "flashcore_dkdv", plan, schedule, (key, value)),
@@ -447,7 +448,7 @@ def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Probl
         ],
     )
     plan = _DQ[wide]
-    schedule = schedule_of(p, plan.computing, gpu.multiprocessors)
+    schedule = schedule_of(p, plan.computing, gpu.multiprocessors, lengths if p.query_lengths else None)
     rings = [(plan.stages, p.H), (plan.value_stages or plan.stages, p.Hv)]
     (dq,) = run(
         *(_dq_kernel, "flashcore_dq", plan, schedule, (query,)),

@@ -134,13 +134,13 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
             @pl.when(number < keys)
             def _():
                 at = pl.ds((first + own_first + own_start + number) * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(k_ref.at[(*row.layer, b, at, kv_head)], k_smem.at[slot, of_keys], full.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[(*row.before, b, at, kv_head)], k_smem.at[slot, of_keys], full.at[slot])
 
             @pl.when(number >= keys)
             def _():
                 at = pl.ds((first + (first_group + number - keys) * _GROUP) * BLOCK, _GROUP * BLOCK)
                 columns = pl.ds(member * plan.columns, plan.columns)
-                plgpu.copy_gmem_to_smem(v_ref.at[(*row.layer, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[(*row.before, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
 
         plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, in_array], q_smem.at[real], q_full)
         before = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met

@@ -106,7 +106,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
 
             def fetch(block, fetched, rings=rings):
                 slot = remainder(fetched, stages)
-                at = (*row.layer, b, pl.ds(block * BLOCK, BLOCK), kv_head)
+                at = (*row.before, b, pl.ds(block * BLOCK, BLOCK), kv_head)
                 for ref, smem, full, free in rings:
 
                     @pl.when(fetched >= stages)
@@ -383,7 +383,7 @@ def forward(query, key, value, rows: Rows, problem: Problem, gpu: Gpu):
     p = problem
     closes = p.split_size is not None and p.S > p.split_size
     plan = _plan_for(p, closes)
-    schedule = schedule_of(p, plan.computing, gpu.multiprocessors)
+    schedule = schedule_of(p, plan.computing, gpu.multiprocessors, rows.lengths(p) if p.query_lengths else None)
     width = min(p.Hv, _PIECE)
     out_tile = shared((plan.computing, ROWS, width), p.dtype)
     # Vectors are copied without regard to where an array ends.

@@ -1,4 +1,4 @@
-"""Which program computes which tiles of queries, decided when a call is traced.
+"""Which program computes which tiles of queries: decided when a call is traced, or where its rows have lengths when it is run.
 
 A program stays for many tiles, of very different length under a causal mask: dealt out in turns, the unluckiest program of a
 board's cell has up to 60 % more to do than the average one (P6), so they are dealt out to whoever has least so far. Tiles that would
@@ -9,16 +9,18 @@ import bisect
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flashcore_jax.masks import Band, BlockRange, quotient, visible_blocks
+from flashcore_jax.masks import Band, BlockRange, quotient, remainder, visible_blocks
 from flashcore_jax.problem import Problem
 
 ROWS = 64  # queries of a warpgroup
 BLOCK = 64  # keys that the forward adds up together, as every Triton tile of such calls; the backward's of keys and queries
 _L2 = 32 * 2**20  # bytes of it that keys and values may count on
+_L2_BY_LENGTH = 128 * 2**20
 _ENTRIES = 8192  # of a table, about: a larger one takes long to make, and is no better
 _BETWEEN = 256  # keys' worth of time that passes between two tiles
 # A block takes the time of the warpgroups that use it and of this many more: 2, 3 and 4 quarters for 1, 2 and 3 of three. Not measured:
@@ -38,9 +40,9 @@ class Schedule:
     heads: int  # of all rows of the batch
     N: int
     at_once: int  # heads in a row that an entry stands for
-    # int32[programs, ...]: how many entries a program has, then each one's first head + heads * piece, where a piece is
+    # int32[programs, ...], a jax.Array where lengths decide: how many entries a program has, then each one's first head + heads * piece, where a piece is
     # (warpgroups in use - 1) + warpgroups * (its first row / ROWS).
-    table: np.ndarray
+    table: np.ndarray | jax.Array
 
     @property
     def programs(self) -> int:
@@ -76,9 +78,9 @@ def blocks_of(first, size, lengths, band: Band, inside: BlockRange | None = None
     return dataclasses.replace(blocks, start=start, stop=jnp.clip(blocks.stop, start, inside.stop))
 
 
-def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
-    """Heads whose keys and values fit the L2 together are computed together; among them the longest tiles are dealt out first, each to
-    the program that has least to do so far. Lengths that only the call knows are taken to be full. Where that pays, the last heads that
+def schedule_of(problem: Problem, warpgroups: int, programs: int, lengths: tuple | None = None) -> Schedule:
+    """Of rows with `lengths`, as `_by_length` takes them; None: all of them full, and then decided here. Heads whose keys and values fit the L2 together are computed together; among them the longest tiles are dealt out first, each to
+    the program that has least to do so far. Where that pays, the last heads that
     are computed together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit,
     which is searched for.
 
@@ -86,11 +88,12 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     192 that saves one part in 18."""
     p = problem
     parts = -(-p.T // ROWS)
+    if lengths is not None and p.B * p.N * -(-parts // warpgroups) > 2 * programs:  # fewer tiles are not worth the kernels that deal them
+        return _by_length(p, warpgroups, programs, *lengths)
     edges = sorted({0, *range(0 if p.band.right is None else parts % warpgroups, parts, warpgroups), parts})
     work = _work(p, warpgroups)
     tiles = sorted(itertools.pairwise(edges), key=lambda tile: -work[tile[1] - tile[0]][tile[0]])
-    heads, bytes_of_head = p.B * p.N, p.S * (p.H + p.Hv) * 2 // p.G
-    together = max((n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_of_head <= _L2), default=1)
+    heads, together = p.B * p.N, _together(p, p.B * p.N)
     entries = heads * len(tiles)
     at_once = next(n for n in range(1, together + 1) if together % n == 0 and (entries <= n * _ENTRIES or n == together))
     *groups, last = ([(*tile, h) for tile in tiles for h in range(g, g + together, at_once)] for g in range(0, heads, together))
@@ -120,6 +123,50 @@ def schedule_of(problem: Problem, warpgroups: int, programs: int) -> Schedule:
     for row, numbers in zip(table, found, strict=True):
         row[: 1 + len(numbers)] = len(numbers), *numbers
     return Schedule(warpgroups, parts * ROWS, heads, p.N, at_once, table)
+
+
+def _together(problem: Problem, heads: int) -> int:
+    """How many of so many heads are computed together: a divisor."""
+    p = problem
+    most = _L2 // max(p.S * (p.H + p.Hv) * 2 // p.G, 1)
+    return max((n for n in range(1, heads + 1) if heads % n == 0 and n <= most), default=1)
+
+
+def _by_length(problem: Problem, warpgroups: int, programs: int, own, others) -> Schedule:
+    """Of rows with these lengths, int32[B] or an int for all: their valid queries and keys (of a tile of keys the other way round).
+
+    Tiles are of each row's own length. What is beyond has others: nothing is computed there, but zeros are written. Among heads that are
+    computed together the tiles with most to do come first, the ones beyond at the end of all, and they are dealt out in turns, to and fro.
+
+    As arrays, for lengths are known on the GPU only: [rows of the batch, parts of their heads that are computed together, tiles of a head]."""
+    p, heads, parts = problem, problem.B * problem.N, -(-problem.T // ROWS)
+    size = _together(p, p.N)
+    own, others = (jnp.clip(jnp.broadcast_to(x, p.B), 0, most)[:, None] for x, most in ((own, p.T), (others, p.S)))
+    tile, inside = jnp.arange(-(-parts // warpgroups) + 1, dtype=jnp.int32), quotient(own + (ROWS - 1), ROWS)
+    first = jnp.zeros_like(inside) if p.band.right is None else remainder(inside, warpgroups)
+    first = jnp.where(first == 0, warpgroups, first)  # the warpgroups of a head's first tile; the others are whole, but for the last
+    tiles = quotient(inside + (warpgroups - 1), warpgroups)
+    beyond = inside + (tile - tiles) * warpgroups
+    start = jnp.where(tile < tiles, jnp.where(tile == 0, 0, first + (tile - 1) * warpgroups), beyond)
+    stop = jnp.where(tile < tiles, jnp.minimum(first + tile * warpgroups, inside), jnp.minimum(beyond + warpgroups, parts))
+    blocks = blocks_of(start * ROWS, (stop - start) * ROWS, (own, others), p.band)
+    work = (blocks.stop - blocks.start) * (stop - start + _UNCOVERED)
+    kind = jnp.where(tile < tiles, 0, jnp.where(start < parts, 1, 2))  # the last ones are no tiles
+    shape = (p.B, p.N // size, tile.size)
+    row, part = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    number = row * p.N + part * size + heads * (stop - start - 1 + warpgroups * start)[:, None]
+    keys = -work[:, None], kind[:, None]
+    of_part = size * (p.H + p.Hv) * 2 / p.G / _L2_BY_LENGTH  # for each key
+    if p.B * shape[1] * p.S * of_part > 1:
+        group = jnp.floor(jnp.cumsum(jnp.broadcast_to(others * of_part, shape[:2]))).reshape(*shape[:2], 1)
+        keys = keys[0], group, keys[1]
+    order = jnp.lexsort([jnp.broadcast_to(x, shape).ravel() for x in keys])
+    programs = min(programs, heads * -(-parts // warpgroups))
+    turn, program = np.arange(-(-order.size * size // programs), dtype=np.int32), np.arange(programs, dtype=np.int32)[:, None]
+    place = turn * programs + np.where(turn % 2 == 0, program, programs - 1 - program)
+    entries = number.ravel()[order][np.minimum(place // size, order.size - 1)] + place % size
+    turns = jnp.sum(place < size * shape[1] * jnp.sum(kind < 2, dtype=jnp.int32), axis=1, keepdims=True, dtype=jnp.int32)
+    return Schedule(warpgroups, parts * ROWS, heads, p.N, 1, jnp.concatenate([turns, entries.astype(jnp.int32)], axis=1))
 
 
 def _dealt(loads, pieces, tiles, work, limit=None):

@@ -69,6 +69,7 @@ class Programs:
     tiles: int
     heads_fastest: bool
     last_tile_first: bool
+    whole_batch: bool = False  # the refs have all rows, and the kernel chooses its own
 
     @property
     def grid(self) -> tuple[int]:
@@ -85,7 +86,9 @@ class Programs:
         return b, self.tiles - 1 - tile if self.last_tile_first else tile, head
 
     def spec(self, shape: tuple, index) -> pl.BlockSpec:
-        """A block spec whose index is `index(batch row, tile, head)`."""
+        """A block spec whose index is `index(batch row, tile, head)`. The first axis is the batch's."""
+        if self.whole_batch:
+            return pl.BlockSpec((self.batch, *shape[1:]), lambda program: (0, *index(*self.split(program))[1:]))
         return pl.BlockSpec(shape, lambda program: index(*self.split(program)))
 
     @property
@@ -103,9 +106,8 @@ def row_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
 
 def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> pl.BlockSpec:
     """`programs.spec` of an array with an axis of layers in front, if any. All of it: a layer sliced out would be a copy."""
-    if layers is None:
-        return programs.spec(shape, index)
-    return programs.spec((layers, *shape), lambda *program: (0, *index(*program)))
+    spec = programs.spec(shape, index)
+    return spec if layers is None else pl.BlockSpec((layers, *spec.block_shape), lambda program: (0, *spec.index_map(program)))
 
 
 LAYER_SPEC = pl.BlockSpec((1,), lambda program: (0,))

@@ -9,6 +9,9 @@ Where that leaves multiprocessors idle (few rows, few splits), the columns of va
 split's chain of blocks. A long one is kept short: a kernel with a program for every block computes the scores first. The additions are
 what they were.
 
+Where there are more programs than run at once, those of the longest row come first and those of the shortest last: what the last
+of them read is then soon read.
+
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); fixed splits are this package's (docs/numerics.md).
 """
 
@@ -26,13 +29,14 @@ from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, scale
 from flashcore_jax.logits import log2_scale_of
 from flashcore_jax.masks import quotient, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
-from flashcore_jax.rows import Rows, row_of
+from flashcore_jax.rows import Row, Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
 _MERGING = Tile(0, 0, num_warps=4, num_stages=1)
 _LONG_CHAIN = 16  # blocks of a split, from which on it pays to compute the scores in a kernel of their own
 _CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
+_MOST_SORTED = 64  # rows: every program compares each with each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Cut:
     splits: int
     parts: int  # of value's columns
     scores_first: bool
+    longest_first: bool  # the order of the batch's rows
 
     @property
     def programs(self) -> int:
@@ -70,7 +75,7 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     tiles = p.B * p.K * row_tiles
     per_split = (p.split_size or DEFAULT_SPLIT_SIZE) // tile.block_k
     if p.split_size is None and 4 * tiles * pl.cdiv(blocks, per_split) < 3 * multiprocessors:
-        per_split = max(pl.cdiv(blocks, pl.cdiv(4 * multiprocessors, tiles)), 256 // tile.block_k)
+        per_split = max(pl.cdiv(blocks, _splits_for(tiles, multiprocessors)), 128 // tile.block_k)
     per_split = min(per_split, blocks)  # else the end of an empty split behind them may not fit 32 bits
     splits = pl.cdiv(blocks, per_split)
     parts = 1
@@ -83,7 +88,18 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
     elif parts > 1:
         # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
         splits = max(splits, 2)
-    return Cut(tile, row_tiles, per_split, splits, parts, scores_first)
+    at_once = multiprocessors * max(256 // p.H, 1)  # by the shared memory that they take
+    longest_first = p.key_lengths and 1 < p.B <= _MOST_SORTED and tiles * splits > at_once and p.S * p.B < 2**30
+    return Cut(tile, row_tiles, per_split, splits, parts, scores_first, longest_first)
+
+
+def _splits_for(tiles: int, multiprocessors: int) -> int:
+    """So many that each multiprocessor has one program, or two, and few have none; else that each has about four."""
+    for each in (1, 2):
+        splits = each * multiprocessors // tiles
+        if splits * tiles >= 0.9 * each * multiprocessors:
+            return splits
+    return 4 * multiprocessors // tiles
 
 
 def _rows_of(first, count: int, problem: Problem):
@@ -94,27 +110,47 @@ def _rows_of(first, count: int, problem: Problem):
     return rows, queries, rows - queries * problem.G, (first_query, last_query + 1 - first_query)
 
 
-def _scores(q_ref, k_ref, row, out_rows, queries, problem: Problem, block_k: int):
-    """`scores_at` of the rows of query [T * N, H]."""
+def _row_of(row_refs, problem: Problem, b) -> Row:
+    """Row b of refs that have all rows."""
+    row = row_of(row_refs, problem, b)
+    return row._replace(before=(*row.before, b))
+
+
+def _by_length(row_refs, problem: Problem, place):
+    """The row that comes at this place when those with the most keys come first."""
+    p, size = problem, pl.next_power_of_2(problem.B)
+    rows = lax.iota(jnp.int32, size)
+    key_ref, before = row_refs[int(p.query_lengths)], row_of(row_refs, p).before
+    lengths = load(key_ref, (*before, pl.ds(0, size)), rows < p.B, fill=-(1 << 31) // size)
+    # Of rows with as many keys the first has the highest number. All have different ones, though the product may wrap around.
+    numbers = lengths * size + (size - 1 - rows)
+    places = jnp.sum(numbers[:, None] > numbers[None, :], axis=0, dtype=jnp.int32)
+    return jnp.sum(jnp.where(places == place, rows, 0), dtype=jnp.int32)
+
+
+def _scores(q_ref, k_ref, row, b, out_rows, queries, problem: Problem, block_k: int):
+    """`scores_at` of the rows of query [B, T * N, H]."""
     h, _ = head_chunks(problem)
-    q = tuple(load(q_ref, _scattered(out_rows, c), queries < row.lengths[0], c.exist) for c in h)
+    q = tuple(load(q_ref, (b, *_scattered(out_rows, c)), queries < row.lengths[0], c.exist) for c in h)
     return scores_at(q, k_ref, row, queries, problem, block_k)
 
 
 def _scores_kernel(q_ref, k_ref, *refs, problem: Problem, tile: Tile, programs: Programs):
     *row_refs, scores_ref, highest_ref = refs
     p = problem
-    row = row_of(row_refs, p)
-    _, block, kv_head = programs.split(pl.program_id(0))
+    b, block, kv_head = programs.split(pl.program_id(0))
+    row = _row_of(row_refs, p, b)
     rows, queries, head, span = _rows_of(jnp.int32(0), tile.block_q, p)
     exist = rows < p.T * p.G
     visited = visible_blocks(*span, *row.lengths, p.band, tile.block_k)
 
     @pl.when((visited.start <= block) & (block < visited.stop))
     def _():
-        scores = _scores(q_ref, k_ref, row, queries * p.N + kv_head * p.G + head, queries, p, tile.block_k)(block, masked=True)
-        store(scores_ref, scores, rows=exist)
-        store(highest_ref, online_softmax.highest_of(scores, log2_scale_of(p.scale, p.logits_soft_cap)), rows=exist)
+        out_rows = queries * p.N + kv_head * p.G + head
+        scores = _scores(q_ref, k_ref, row, b, out_rows, queries, p, tile.block_k)(block, masked=True)
+        highest = online_softmax.highest_of(scores, log2_scale_of(p.scale, p.logits_soft_cap))
+        store(scores_ref, scores, (b, slice(None), slice(None)), exist)
+        store(highest_ref, highest, (b, slice(None)), exist)
 
 
 def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs: Programs, cut: Cut):
@@ -122,8 +158,10 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
     p, block_q, block_k = problem, cut.tile.block_q, cut.tile.block_k
     number_of_outputs = 2 if cut.splits == 1 else 3
     row_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
-    row = row_of(row_refs, p)
-    _, tile_number, kv_head = programs.split(pl.program_id(0))
+    b, tile_number, kv_head = programs.split(pl.program_id(0))
+    if cut.longest_first:
+        b = _by_length(row_refs, p, b)
+    row = _row_of(row_refs, p, b)
     row_tile, split, part = cut.split(tile_number)
     rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
     hv, _ = _columns(p, cut)
@@ -131,21 +169,21 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
 
     def walk():
         if not cut.scores_first:
-            scores, highest = _scores(left_ref, right_ref, row, out_rows, queries, p, block_k), None
+            scores, highest = _scores(left_ref, right_ref, row, b, out_rows, queries, p, block_k), None
         else:
 
             def scores(block, masked):
-                return load(left_ref, (slice(None), pl.ds(block * block_k, block_k)), exist)
+                return load(left_ref, (b, slice(None), pl.ds(block * block_k, block_k)), exist)
 
             def highest(block):
-                return load(right_ref, (block, slice(None)), exist)
+                return load(right_ref, (b, block, slice(None)), exist)
 
         return key_walk(scores, v_ref, row, block_q, span, p, block_k, hv, highest)
 
     if cut.splits == 1:
         blocks, sums = walk()
         columns = tuple(dataclasses.replace(c, start=c.start + part * c.width) for c in hv) if cut.parts > 1 else hv
-        _store(sums(blocks.start, blocks.stop), out_refs, columns, out_rows, is_query, exist, row)
+        _store(sums(blocks.start, blocks.stop), out_refs, columns, b, out_rows, is_query, exist, row)
         return
     blocks = visible_blocks(*span, *row.lengths, p.band, block_k)
     start, stop = part_of(blocks, split, cut.per_split)
@@ -156,9 +194,9 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
         partial = sums(start, stop)
         acc_ref, sum_ref, max_ref = out_refs
         for c, chunk in zip(hv, partial.acc, strict=True):
-            store(acc_ref, chunk, (slice(None), c.at), exist, c.exist)
-        store(sum_ref, partial.row_sum, rows=exist)
-        store(max_ref, partial.running_max, rows=exist)
+            store(acc_ref, chunk, (b, slice(None), c.at), exist, c.exist)
+        store(sum_ref, partial.row_sum, (b, slice(None)), exist)
+        store(max_ref, partial.running_max, (b, slice(None)), exist)
 
 
 def _merge_kernel(
@@ -166,8 +204,8 @@ def _merge_kernel(
 ):
     *row_refs, out_ref, lse_ref = refs
     p = problem
-    row = row_of(row_refs, p)
-    _, row_tile, kv_head = programs.split(pl.program_id(0))
+    b, row_tile, kv_head = programs.split(pl.program_id(0))
+    row = _row_of(row_refs, p, b)
     rows, queries, head, span = _rows_of(row_tile * count, count, p)
     hv = column_chunks(p.Hv)
     exist = rows < p.T * p.G
@@ -175,18 +213,16 @@ def _merge_kernel(
     at_once = min(_MERGED_AT_ONCE, splits)
 
     def partial(split):
-        there = exist & (split < end)
-        acc = load_chunks(acc_ref, hv, (split, slice(None)), there)
-        return online_softmax.Partial(
-            acc, load(sum_ref, (split, slice(None)), there), load(max_ref, (split, slice(None)), there, fill=online_softmax.LOWEST)
-        )
+        there, at = exist & (split < end), (b, split, slice(None))
+        acc = load_chunks(acc_ref, hv, at, there)
+        return online_softmax.Partial(acc, load(sum_ref, at, there), load(max_ref, at, there, fill=online_softmax.LOWEST))
 
     def add(group, total):
         return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)], scaled_exp2=scaled_exp2)
 
     nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
     total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
-    _store(total, (out_ref, lse_ref), hv, queries * p.N + kv_head * p.G + head, queries < row.lengths[0], exist, row)
+    _store(total, (out_ref, lse_ref), hv, b, queries * p.N + kv_head * p.G + head, queries < row.lengths[0], exist, row)
 
 
 def _scattered(rows, columns: Columns):
@@ -196,12 +232,12 @@ def _scattered(rows, columns: Columns):
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to((columns.start + lax.iota(jnp.int32, columns.width))[None, :], shape)
 
 
-def _store(total, out_refs, hv, out_rows, is_query, exist, row):
+def _store(total, out_refs, hv, b, out_rows, is_query, exist, row):
     out_ref, lse_ref = out_refs
     out, lse = finish(total, is_query, row)
     for c, chunk in zip(hv, out, strict=True):
-        store(out_ref, chunk, _scattered(out_rows, c), exist, c.exist)
-    store(lse_ref, lse, (out_rows,), exist)
+        store(out_ref, chunk, (b, *_scattered(out_rows, c)), exist, c.exist)
+    store(lse_ref, lse, (b, out_rows), exist)
 
 
 def _columns(problem: Problem, cut: Cut):
@@ -218,7 +254,7 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
     p = problem
     cut = cut_for(p, tiles.decode, multiprocessors)
     tile = cut.tile
-    programs = Programs(p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False)
+    programs = Programs(p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False, whole_batch=True)
     _, width = _columns(p, cut)
     query = query.reshape(p.B, p.T * p.N, p.H)
 
@@ -281,7 +317,7 @@ def merge(partials, rows: Rows, problem: Problem, block_k: int, per_split: int, 
     p = problem
     # One number a thread where many sums are held at once, four where few are.
     count = max(1, 128 * (4 if splits <= 8 else 1) // pl.next_power_of_2(padded(p.Hv)))
-    programs = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False)
+    programs = Programs(p.B, p.K, pl.cdiv(p.T * p.G, count), heads_fastest=False, last_tile_first=False, whole_batch=True)
     statistic = programs.spec((None, None, splits, count), lambda b, t, k: (b, k, 0, t))
     acc = programs.spec((None, None, splits, count, padded(p.Hv)), lambda b, t, k: (b, k, 0, t, 0))
     found = launch(
@@ -302,7 +338,7 @@ def _scores_first(query, key, rows: Rows, problem: Problem, tile: Tile):
     a row is a query of a head of the group. Blocks that no row sees are not written."""
     p = problem
     blocks, count = pl.cdiv(p.S, tile.block_k), p.T * p.G
-    programs = Programs(p.B, p.K, blocks, heads_fastest=False, last_tile_first=False)
+    programs = Programs(p.B, p.K, blocks, heads_fastest=False, last_tile_first=False, whole_batch=True)
     return launch(
         functools.partial(_scores_kernel, problem=p, tile=tile, programs=programs),
         *(query, key, *rows.arrays),

@@ -32,7 +32,7 @@ def scores_at(q, k_ref, row: Row, queries, problem: Problem, block_k: int):
     def scores(block, masked):
         keys = block * block_k + lax.iota(jnp.int32, block_k)
         is_key = keys < key_length if masked else None
-        k = load_chunks(k_ref, h, (*row.layer, pl.ds(block * block_k, block_k)), is_key)
+        k = load_chunks(k_ref, h, (*row.before, pl.ds(block * block_k, block_k)), is_key)
         scores, _ = scores_of(dot_chunks(q, k, problem.precision), problem.scale, problem.logits_soft_cap, tanh_for(problem))
         if not masked:
             return scores
@@ -54,7 +54,7 @@ def key_walk(scores, v_ref, row: Row, rows: int, span, problem: Problem, block_k
     def visit(block, partial, masked):
         is_key = block * block_k + lax.iota(jnp.int32, block_k) < row.lengths[1] if masked else None
         block_scores = scores(block, masked)
-        v = load_chunks(v_ref, hv, (*row.layer, pl.ds(block * block_k, block_k)), is_key)
+        v = load_chunks(v_ref, hv, (*row.before, pl.ds(block * block_k, block_k)), is_key)
 
         def weigh(p):
             return [dot(p.astype(chunk.dtype), chunk, problem.precision) for chunk in v]
