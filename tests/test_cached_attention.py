@@ -279,7 +279,7 @@ def test_the_order_of_the_rows_changes_nothing(layers, splits, monkeypatch):
     def run(most_sorted):
         monkeypatch.setattr(decode_kernel, "_MOST_SORTED", most_sorted)
         cut = decode_kernel.cut_for(problem, tiles.decode, 1)
-        assert (cut.longest_first, cut.splits) == (most_sorted > 0, splits)
+        assert (cut.short_last, cut.splits) == (most_sorted > 0, splits)
         return jax.jit(lambda *args: decode_kernel.decode(*args, problem, tiles, 1))(query, key, value, rows)
 
     chex.assert_trees_all_equal(run(64), run(0))

@@ -70,6 +70,7 @@ class Programs:
     heads_fastest: bool
     last_tile_first: bool
     whole_batch: bool = False  # the refs have all rows, and the kernel chooses its own
+    tiles_slowest: bool = False  # else the rows are
 
     @property
     def grid(self) -> tuple[int]:
@@ -77,6 +78,9 @@ class Programs:
 
     def split(self, program):
         """The (batch row, tile, head) of a program number."""
+        if self.tiles_slowest:
+            rest = quotient(program, self.heads)
+            return remainder(rest, self.batch), quotient(rest, self.batch), remainder(program, self.heads)
         fast = self.heads if self.heads_fastest else self.tiles
         slow = self.tiles if self.heads_fastest else self.heads
         rest, b = quotient(program, fast), quotient(program, fast * slow)

@@ -9,8 +9,8 @@ Where that leaves multiprocessors idle (few rows, few splits), the columns of va
 split's chain of blocks. A long one is kept short: a kernel with a program for every block computes the scores first. The additions are
 what they were.
 
-Where there are more programs than run at once, those of the longest row come first and those of the shortest last: what the last
-of them read is then soon read.
+Where there are more programs than run at once, the first splits of all rows come last, that of the longest row before the others: what
+the last programs read is then soon read.
 
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); fixed splits are this package's (docs/numerics.md).
 """
@@ -27,7 +27,7 @@ from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, scaled_exp2, store
 from flashcore_jax.logits import log2_scale_of
-from flashcore_jax.masks import quotient, visible_blocks
+from flashcore_jax.masks import quotient, remainder, visible_blocks
 from flashcore_jax.problem import DEFAULT_SPLIT_SIZE, Problem
 from flashcore_jax.rows import Row, Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
@@ -36,7 +36,7 @@ _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: 
 _MERGING = Tile(0, 0, num_warps=4, num_stages=1)
 _LONG_CHAIN = 16  # blocks of a split, from which on it pays to compute the scores in a kernel of their own
 _CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
-_MOST_SORTED = 64  # rows: every program compares each with each
+_MOST_SORTED = 128  # rows: a program compares each with each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Cut:
     splits: int
     parts: int  # of value's columns
     scores_first: bool
-    longest_first: bool  # the order of the batch's rows
+    short_last: bool  # the order of the programs: those of the first splits come last, by the lengths of their rows
 
     @property
     def programs(self) -> int:
@@ -58,7 +58,8 @@ class Cut:
     def split(self, tile):
         """The (row tile, split, part) of a tile number."""
         rest, row_tile = quotient(tile, self.parts), quotient(tile, self.parts * self.splits)
-        return row_tile, rest - row_tile * self.splits, tile - rest * self.parts
+        split = rest - row_tile * self.splits
+        return row_tile, remainder(split + 1, self.splits) if self.short_last else split, tile - rest * self.parts
 
 
 def suits(problem: Problem) -> bool:
@@ -89,8 +90,8 @@ def cut_for(problem: Problem, tile: Tile, multiprocessors: int) -> Cut:
         # An empty split, left at once: with one split alone ptxas makes the tensor cores wait after every product (D7: 33 us).
         splits = max(splits, 2)
     at_once = multiprocessors * max(256 // p.H, 1)  # by the shared memory that they take
-    longest_first = p.key_lengths and 1 < p.B <= _MOST_SORTED and tiles * splits > at_once and p.S * p.B < 2**30
-    return Cut(tile, row_tiles, per_split, splits, parts, scores_first, longest_first)
+    short_last = p.key_lengths and 1 < p.B <= _MOST_SORTED and row_tiles == 1 and tiles * splits > at_once and p.S * p.B < 2**30
+    return Cut(tile, row_tiles, per_split, splits, parts, scores_first, short_last)
 
 
 def _splits_for(tiles: int, multiprocessors: int) -> int:
@@ -159,10 +160,10 @@ def _split_kernel(left_ref, right_ref, v_ref, *refs, problem: Problem, programs:
     number_of_outputs = 2 if cut.splits == 1 else 3
     row_refs, out_refs = refs[:-number_of_outputs], refs[-number_of_outputs:]
     b, tile_number, kv_head = programs.split(pl.program_id(0))
-    if cut.longest_first:
-        b = _by_length(row_refs, p, b)
-    row = _row_of(row_refs, p, b)
     row_tile, split, part = cut.split(tile_number)
+    if cut.short_last:
+        b = lax.cond(split == 0, functools.partial(_by_length, row_refs, p), lambda b: b, b)
+    row = _row_of(row_refs, p, b)
     rows, queries, head, span = _rows_of(row_tile * block_q, block_q, p)
     hv, _ = _columns(p, cut)
     exist, is_query, out_rows = rows < p.T * p.G, queries < row.lengths[0], queries * p.N + kv_head * p.G + head
@@ -254,7 +255,9 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
     p = problem
     cut = cut_for(p, tiles.decode, multiprocessors)
     tile = cut.tile
-    programs = Programs(p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False, whole_batch=True)
+    programs = Programs(
+        p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False, whole_batch=True, tiles_slowest=cut.short_last
+    )
     _, width = _columns(p, cut)
     query = query.reshape(p.B, p.T * p.N, p.H)
 
