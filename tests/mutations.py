@@ -106,6 +106,10 @@ MUTATIONS = {
         (Edit("online_softmax.py", "for x in (old, one.running_max))", "for x in (new, one.running_max))"),),
         _contract("three splits, float32", "three splits, causal"),
     ),
+    "the first split is left out": Mutation(
+        (Edit(_FORWARD, "close, close(first, nothing))", "close, nothing)"),),
+        _contract("three splits, float32", "three splits, causal"),
+    ),
     "the lse's cotangent forgotten": Mutation(
         (Edit(_BACKWARD, ".swapaxes(1, 2) - dlse", ".swapaxes(1, 2)"),),
         _contract(_PLAIN, _RATIO),
@@ -157,6 +161,13 @@ MUTATIONS = {
     "the shortest rows first": Mutation(
         (Edit(_DECODE, "numbers[:, None] > numbers[None, :]", "numbers[:, None] < numbers[None, :]"),),
         (f"{_CACHED}::test_rows_are_taken_by_their_lengths",),
+    ),
+    "every layer's rows are the first one's": Mutation(
+        (Edit("kernels/triton/blocks.py", "every == layer[0]", "every == 0"),),
+        (
+            f"{_CACHED}::test_a_scan_over_layers_is_separate_caches[triton-1]",
+            "tests/test_cache.py::test_append_to_a_layer_leaves_the_others[triton-traced]",
+        ),
     ),
     "appended one slot late": Mutation(
         (Edit(_APPEND, "pl.ds(start + first, tile.block_q)", "pl.ds(start + first + 1, tile.block_q)"),),

@@ -280,6 +280,9 @@ def test_the_order_of_the_rows_changes_nothing(layers, splits, monkeypatch):
         monkeypatch.setattr(decode_kernel, "_MOST_SORTED", most_sorted)
         cut = decode_kernel.cut_for(problem, tiles.decode, 1)
         assert (cut.short_last, cut.splits) == (most_sorted > 0, splits)
+        assert [cut.split(jnp.int32(tile))[1] for tile in range(splits)] == (
+            [1, 2, 0] if cut.short_last and splits > 1 else [*range(splits)]
+        )
         return jax.jit(lambda *args: decode_kernel.decode(*args, problem, tiles, 1))(query, key, value, rows)
 
     chex.assert_trees_all_equal(run(64), run(0))

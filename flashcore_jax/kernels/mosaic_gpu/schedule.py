@@ -1,4 +1,4 @@
-"""Which program computes which tiles of queries: decided when a call is traced, or where its rows have lengths when it is run.
+"""Which program computes which tiles of queries: decided when a call is traced, or, where its rows have lengths, on the GPU.
 
 A program stays for many tiles, of very different length under a causal mask: dealt out in turns, the unluckiest program of a
 board's cell has up to 60 % more to do than the average one (P6), so they are dealt out to whoever has least so far. Tiles that would
@@ -20,7 +20,7 @@ from flashcore_jax.problem import Problem
 ROWS = 64  # queries of a warpgroup
 BLOCK = 64  # keys that the forward adds up together, as every Triton tile of such calls; the backward's of keys and queries
 _L2 = 32 * 2**20  # bytes of it that keys and values may count on
-_L2_BY_LENGTH = 128 * 2**20
+_L2_BY_LENGTH = 128 * 2**20  # where tiles are dealt out by length, whose programs keep closer together: measured (docs/tuning.md)
 _ENTRIES = 8192  # of a table, about: a larger one takes long to make, and is no better
 _BETWEEN = 256  # keys' worth of time that passes between two tiles
 # A block takes the time of the warpgroups that use it and of this many more: 2, 3 and 4 quarters for 1, 2 and 3 of three. Not measured:
@@ -40,8 +40,8 @@ class Schedule:
     heads: int  # of all rows of the batch
     N: int
     at_once: int  # heads in a row that an entry stands for
-    # int32[programs, ...], a jax.Array where lengths decide: how many entries a program has, then each one's first head + heads * piece, where a piece is
-    # (warpgroups in use - 1) + warpgroups * (its first row / ROWS).
+    # int32[programs, ...], a jax.Array where lengths decide: how many entries a program has, then each one's first head
+    # + heads * piece, where a piece is (warpgroups in use - 1) + warpgroups * (its first row / ROWS).
     table: np.ndarray | jax.Array
 
     @property
@@ -79,10 +79,11 @@ def blocks_of(first, size, lengths, band: Band, inside: BlockRange | None = None
 
 
 def schedule_of(problem: Problem, warpgroups: int, programs: int, lengths: tuple | None = None) -> Schedule:
-    """Of rows with `lengths`, as `_by_length` takes them; None: all of them full, and then decided here. Heads whose keys and values fit the L2 together are computed together; among them the longest tiles are dealt out first, each to
-    the program that has least to do so far. Where that pays, the last heads that
-    are computed together are dealt out to end together: in pieces where tiles are too long, and so that no program has more than a limit,
-    which is searched for.
+    """Of rows with `lengths`, as `_by_length` takes them. None: all of them full, and then decided here.
+
+    Heads whose keys and values fit the L2 together are computed together; among them the longest tiles are dealt out first, each to
+    the program that has least to do so far. Where that pays, the last heads that are computed together are dealt out to end together:
+    in pieces where tiles are too long, and so that no program has more than a limit, which is searched for.
 
     Where a tile has the more to do the later it stands, the one that is not full is the first: of 4,096 causal queries in tiles of
     192 that saves one part in 18."""

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import rows
-from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, padded, stack_spec
+from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, number_of, padded, stack_spec
 from flashcore_jax.kernels.triton.launch import barrier, launch, load, store
 from flashcore_jax.tuning.tiles import Tile
 
@@ -34,7 +34,7 @@ def _kernel(
     row = (*layer, jnp.int32(0))
     _, token_tile, _ = programs.split(pl.program_id(0))
     first = token_tile * tile.block_q
-    start = length_ref[row]
+    start = number_of(length_ref, layer, jnp.int32(0))
     count, *after = rows.append(start, overflowed_ref[row], tokens, S)
     written = first + lax.iota(jnp.int32, tile.block_q) < count
     for size, new_ref, ref in zip(sizes, (new_key_ref, new_value_ref), (key_ref, value_ref), strict=True):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flashcore_jax.kernels.triton.launch import by_parts
+from flashcore_jax.kernels.triton.launch import by_parts, load
 from flashcore_jax.masks import quotient, remainder
 from flashcore_jax.problem import Problem
 from flashcore_jax.rows import told
@@ -112,6 +112,15 @@ def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> p
     """`programs.spec` of an array with an axis of layers in front, if any. All of it: a layer sliced out would be a copy."""
     spec = programs.spec(shape, index)
     return spec if layers is None else pl.BlockSpec((layers, *spec.block_shape), lambda program: (0, *spec.index_map(program)))
+
+
+def number_of(ref, layer: tuple, b):
+    """Of row b: ref[layer, b], or ref[b] where there are no layers. Those of all layers are loaded: one alone would wait for its number."""
+    if not layer:
+        return ref[b]
+    layers = ref.shape[0]
+    every = lax.iota(jnp.int32, pl.next_power_of_2(layers))
+    return jnp.sum(jnp.where(every == layer[0], load(ref, (pl.ds(0, every.size), b), every < layers, fill=0), 0), dtype=jnp.int32)
 
 
 LAYER_SPEC = pl.BlockSpec((1,), lambda program: (0,))

@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import online_softmax
-from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, head_chunks, key_spec, padded, row_specs
+from flashcore_jax.kernels.triton.blocks import Columns, Programs, column_chunks, head_chunks, key_spec, number_of, padded, row_specs
 from flashcore_jax.kernels.triton.forward import finish, key_walk, part_of, scores_at, splits_of
 from flashcore_jax.kernels.triton.launch import launch, load, load_chunks, scaled_exp2, store
 from flashcore_jax.logits import log2_scale_of
@@ -113,7 +113,7 @@ def _rows_of(first, count: int, problem: Problem):
 
 def _row_of(row_refs, problem: Problem, b) -> Row:
     """Row b of refs that have all rows."""
-    row = row_of(row_refs, problem, b)
+    row = row_of(row_refs, problem, b, number_of)
     return row._replace(before=(*row.before, b))
 
 
@@ -255,9 +255,7 @@ def decode(query, key, value, rows: Rows, problem: Problem, tiles: Tiles, multip
     p = problem
     cut = cut_for(p, tiles.decode, multiprocessors)
     tile = cut.tile
-    programs = Programs(
-        p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False, whole_batch=True, tiles_slowest=cut.short_last
-    )
+    programs = Programs(p.B, p.K, cut.programs, tile.heads_fastest, last_tile_first=False, whole_batch=True, tiles_slowest=cut.short_last)
     _, width = _columns(p, cut)
     query = query.reshape(p.B, p.T * p.N, p.H)
 
