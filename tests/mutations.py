@@ -143,7 +143,7 @@ MUTATIONS = {
         (*_contract("one query, causal, three splits"), _HEADS),
     ),
     "the last split not merged": Mutation(
-        (Edit(_DECODE, "there = exist & (split < end)", "there = exist & (split < end - 1)"),),
+        (Edit(_DECODE, "exist & (split < end), (b", "exist & (split < end - 1), (b"),),
         (*_contract("one query, causal, three splits"), _CHUNKS),
     ),
     "scores computed first without a mask": Mutation(
