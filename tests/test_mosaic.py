@@ -50,6 +50,10 @@ CALLS = {
     "scale 0": workload(304, 304, scale=0.0, is_causal=True),
     "lengths": workload(400, 704, B=4, **_LENGTHS),
     "lengths, causal, splits": workload(400, 704, B=4, is_causal=True, split_size=256, **_LENGTHS),
+    "so many rows with lengths that tiles are dealt out by them": workload(
+        520, 520, 12, 12, 64, B=8, is_causal=True,
+        query_seq_lengths=(1, 520, 0, 64, 65, 300, 512, 519), key_value_seq_lengths=(520, 520, 64, 1, 65, 520, 200, 519),
+    ),
     "everything": workload(
         400, 704, 6, 2, 64, B=4, is_causal=True, split_size=128, local_window_size=(200, 64), logits_soft_cap=5.0, **_LENGTHS
     ),
