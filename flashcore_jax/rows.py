@@ -46,14 +46,14 @@ class Row(NamedTuple):
     before: tuple = ()  # what stands before the index of a token into keys and values: of a stack its layer
 
 
-def row_of(refs, problem, b=0, number_of=lambda ref, layer, b: ref[(*layer, b)]) -> Row:
+def row_of(refs, problem, b=0, number_of=lambda ref, layer, b, layers: ref[(*layer, b)]) -> Row:
     """Row b, from a kernel's refs of `Rows.arrays`, which others may follow. number_of: how the kernel reads a row's number."""
     p = problem
     refs = iter(refs)
     query_ref, key_ref, overflowed_ref, layer_ref = (next(refs) if there else None for there in told(p))
     layer = () if layer_ref is None else (layer_within(layer_ref[0], p.L),)
     query_length = p.T if query_ref is None else jnp.clip(query_ref[b], 0, p.T)
-    key_length = p.S if key_ref is None else jnp.clip(number_of(key_ref, layer, b), 0, p.S)
+    key_length = p.S if key_ref is None else jnp.clip(number_of(key_ref, layer, b, p.L), 0, p.S)
     return Row((query_length, key_length), None if overflowed_ref is None else overflowed_ref[(*layer, b)], layer)
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flashcore_jax import rows
-from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, number_of, padded, stack_spec
+from flashcore_jax.kernels.triton.blocks import LAYER_SPEC, Programs, column_chunks, number_of, number_spec, padded, stack_spec
 from flashcore_jax.kernels.triton.launch import barrier, launch, load, store
 from flashcore_jax.tuning.tiles import Tile
 
@@ -34,7 +34,7 @@ def _kernel(
     row = (*layer, jnp.int32(0))
     _, token_tile, _ = programs.split(pl.program_id(0))
     first = token_tile * tile.block_q
-    start = number_of(length_ref, layer, jnp.int32(0))
+    start = number_of(length_ref, layer, jnp.int32(0), layers)
     count, *after = rows.append(start, overflowed_ref[row], tokens, S)
     written = first + lax.iota(jnp.int32, tile.block_q) < count
     for size, new_ref, ref in zip(sizes, (new_key_ref, new_value_ref), (key_ref, value_ref), strict=True):
@@ -64,8 +64,8 @@ def append(key_cache, value_cache, length, overflowed, key, value, count, layer)
     programs = Programs(B, 1, pl.cdiv(T, tile.block_q), heads_fastest=False, last_tile_first=False)
     # Room for a whole tile behind the last slot: the interpreter would move one that leaves the ref (the GPU has the mask).
     own = [stack_spec(programs, layers, (None, S + tile.block_q, padded(size)), lambda b, t, _: (b, 0, 0)) for size in sizes]
-    row = 2 * [stack_spec(programs, layers, (1,), lambda b, t, _: (b,))]
-    told = [(count, programs.row_spec), (layer, LAYER_SPEC)]
+    row = 2 * [number_spec(programs, layers)]
+    told = [(count, number_spec(programs)), (layer, LAYER_SPEC)]
     inputs = [*new, *(x for x, _ in told if x is not None)]
     whole = T <= tile.block_q
     after = launch(

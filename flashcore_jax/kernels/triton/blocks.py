@@ -95,17 +95,18 @@ class Programs:
             return pl.BlockSpec((self.batch, *shape[1:]), lambda program: (0, *index(*self.split(program))[1:]))
         return pl.BlockSpec(shape, lambda program: index(*self.split(program)))
 
-    @property
-    def row_spec(self) -> pl.BlockSpec:
-        """The spec of an array with one number per batch row."""
-        return self.spec((1,), lambda b, tile, head: (b,))
-
 
 def row_specs(programs: Programs, problem: Problem) -> list[pl.BlockSpec]:
     """The specs of `Rows.arrays`."""
     p = problem
-    of_cache = stack_spec(programs, p.L, (1,), lambda b, tile, head: (b,))
-    return [spec for spec, there in zip((programs.row_spec, of_cache, of_cache, LAYER_SPEC), told(p), strict=True) if there]
+    of_cache = number_spec(programs, p.L)
+    return [spec for spec, there in zip((number_spec(programs), of_cache, of_cache, LAYER_SPEC), told(p), strict=True) if there]
+
+
+def number_spec(programs: Programs, layers: int | None = None) -> pl.BlockSpec:
+    """The spec of an array with one number per batch row. Rounded up, since kernels load a power of two of them."""
+    spec = stack_spec(programs, layers, (1,), lambda b, tile, head: (b,))
+    return pl.BlockSpec(tuple(map(pl.next_power_of_2, spec.block_shape)), spec.index_map)
 
 
 def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> pl.BlockSpec:
@@ -114,11 +115,10 @@ def stack_spec(programs: Programs, layers: int | None, shape: tuple, index) -> p
     return spec if layers is None else pl.BlockSpec((layers, *spec.block_shape), lambda program: (0, *spec.index_map(program)))
 
 
-def number_of(ref, layer: tuple, b):
+def number_of(ref, layer: tuple, b, layers: int | None):
     """Of row b: ref[layer, b], or ref[b] where there are no layers. Those of all layers are loaded: one alone would wait for its number."""
-    if not layer:
+    if layers is None:
         return ref[b]
-    layers = ref.shape[0]
     every = lax.iota(jnp.int32, pl.next_power_of_2(layers))
     return jnp.sum(jnp.where(every == layer[0], load(ref, (pl.ds(0, every.size), b), every < layers, fill=0), 0), dtype=jnp.int32)
 
