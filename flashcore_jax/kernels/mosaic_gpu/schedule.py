@@ -20,7 +20,7 @@ from flashcore_jax.problem import Problem
 ROWS = 64  # queries of a warpgroup
 BLOCK = 64  # keys that the forward adds up together, as every Triton tile of such calls; the backward's of keys and queries
 _L2 = 32 * 2**20  # bytes of it that keys and values may count on
-_L2_BY_LENGTH = 128 * 2**20  # where tiles are dealt out by length, whose programs keep closer together: measured (docs/tuning.md)
+_L2_BY_LENGTH = 128 * 2**20  # where tiles are dealt out by length: measured (docs/tuning.md)
 _ENTRIES = 8192  # of a table, about: a larger one takes long to make, and is no better
 _BETWEEN = 256  # keys' worth of time that passes between two tiles
 # A block takes the time of the warpgroups that use it and of this many more: 2, 3 and 4 quarters for 1, 2 and 3 of three. Not measured:
