@@ -171,11 +171,11 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             plgpu.barrier_wait(q_full.at[place])
             lax.fori_loop(everyone.start, blocks.start, skip, None)
             run = functools.partial(
-                _sum, place=place, q_smem=q_smem, q_free=q_free, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), plan=plan, offset=offset,
+                sum_of_blocks, place=place, q_smem=q_smem, q_free=q_free, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), plan=plan, offset=offset,
                 first_query=first_query, lengths=lengths, blocks=blocks, total=total, problem=p,
             )  # fmt: skip
             any_block = jnp.minimum(blocks.stop - blocks.start, 1)
-            acc, running_max, row_sum = lax.fori_loop(jnp.int32(0), any_block, lambda *_: run(), _nothing(p))
+            acc, running_max, row_sum = lax.fori_loop(jnp.int32(0), any_block, lambda *_: run(), nothing_yet(p))
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
 
             @pl.when(any_block == 0)
@@ -210,8 +210,13 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first_query, lengths, blocks, total, problem: Problem):
-    """The sum over all blocks, at least one: (acc, running_max, row_sum). Frees the place of the queries."""
+def sum_of_blocks(
+    *, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first_query, lengths, blocks, total, problem: Problem, group=1, leave=None, first_max=None, real_rows=ROWS
+):
+    """The sum over all blocks, at least one: (acc, running_max, row_sum). Frees the place of the queries.
+
+    group: so many of the tile's rows are one query.
+    leave: what is called with a block when its keys, and when its values, are no longer needed; by default their places are free."""
     p, stages = problem, plan.stages
     k_full, k_free, v_full, v_free = barriers
     dtype = jnp.dtype(p.dtype)
@@ -220,6 +225,8 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
 
     def slot_of(block):
         return remainder(block, stages)
+
+    leave_keys, leave_values, *refill = leave or (lambda block, free=free: plgpu.barrier_arrive(free.at[slot_of(block)]) for free in (k_free, v_free))
 
     def first_key_of(block):
         return (block - offset) * BLOCK
@@ -233,8 +240,8 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
     def weigh(scores, block, running_max, row_sum, masked):
         scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)
         if masked:
-            scores = jnp.where(registers.seen(scores_shape, first_query, first_key_of(block), lengths, p.band), scores, -jnp.inf)
-        return registers.update(scores, running_max, row_sum, log2_scale, dtype)
+            scores = jnp.where(registers.seen(scores_shape, first_query, first_key_of(block), lengths, p.band, group), scores, -jnp.inf)
+        return registers.update(scores, running_max, row_sum, log2_scale, dtype, real_rows)
 
     def wait_for_values(block):
         """Until they are there. Those beyond the row's length become 0: 0 times what lies there would be NaN, if that is."""
@@ -242,13 +249,16 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
         if p.key_lengths:
             registers.clear((v_smem.at[slot_of(block)],), first_key_of(block), (0, lengths[1]))
 
-    no_acc, lowest, no_sum = _nothing(p)
+    no_acc, lowest, no_sum = nothing_yet(p)
+    first_max = lowest if first_max is None else first_max
     if total is not None:
         per_split = p.split_size // BLOCK
         splits = quotient(blocks.start - offset, per_split), quotient(blocks.stop - offset + (per_split - 1), per_split)
     scores = registers.finished(multiply_keys(blocks.start), wait_n=0)
-    plgpu.barrier_arrive(k_free.at[slot_of(blocks.start)])
-    probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, lowest, no_sum, ever_masked)
+    leave_keys(blocks.start)
+    probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, first_max, no_sum, ever_masked)
+    for run in refill:
+        run(blocks.start)
 
     def multiply(block, acc, before, run):
         """Issues the product of a block's keys, and adds that of the probabilities `before`, of the last block, with its values.
@@ -260,12 +270,14 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
             scores = multiply_keys(block)
             plgpu.wgmma(acc_ref, before, v_smem.at[slot_of(block - 1)])
             scores = registers.finished(scores, wait_n=1)
-            plgpu.barrier_arrive(k_free.at[slot_of(block)])
+            leave_keys(block)
 
             def product():
+                for run in refill:
+                    run(block)
                 summed = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
                 registers.in_use(before)
-                plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])
+                leave_values(block - 1)
                 return summed
 
             return run(scores, product)
@@ -336,7 +348,7 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
         return plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
 
     acc, row_sum = pl.run_scoped(last, plgpu.ACC(out_shape, jnp.float32)), registers.quad_sum(row_sum)
-    plgpu.barrier_arrive(v_free.at[slot_of(blocks.stop - 1)])
+    leave_values(blocks.stop - 1)
     if total is None:
         return acc, running_max, row_sum
     several = jnp.minimum(splits[1] - splits[0] - 1, 1)
@@ -344,7 +356,7 @@ def _sum(*, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first
     return lax.fori_loop(jnp.int32(0), several, lambda _, acc: registers.plus_parked(total, acc, *factors), acc), *statistics
 
 
-def _nothing(problem: Problem):
+def nothing_yet(problem: Problem):
     """`online_softmax.nothing`, laid out over a warpgroup."""
     return (
         as_tile(jnp.zeros((ROWS, problem.Hv), jnp.float32)),

@@ -69,6 +69,61 @@ def uniform(x):
     return run(x)
 
 
+def by_length(lengths_ref, order_ref, places):
+    """The rows that come at two places when those with the most keys come first, of at most as many rows as threads: each thread compares
+    its row with all. lengths_ref: int32[B]; order_ref: int32[threads + 4] in shared memory."""
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT), return_type=(scalar, scalar))
+    def run(_, lengths, order, *places):
+        i32, (batch,) = ir.IntegerType.get_signless(32), lengths.type.shape
+        thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
+        lengths, order = (mgpu.utils.memref_ptr(ref) for ref in (lengths, order))
+        row = arith.minui(thread, mgpu.c(batch - 1, i32))
+        length = llvm.load(i32, mgpu.utils.getelementptr(lengths, [row], i32))
+        # Of rows with as many keys the first comes first.
+        is_row = arith.cmpi(arith.CmpIPredicate.slt, thread, mgpu.c(batch, i32))
+        length = arith.select(is_row, length, mgpu.c(-(1 << 31), i32))
+        llvm.store(length, mgpu.utils.getelementptr(order, [thread], i32))
+        mgpu.utils.warpgroup_barrier()
+        before = mgpu.c(0, i32)
+        for first in range(0, batch, _VECTOR):
+            four = llvm.load(ir.VectorType.get((_VECTOR,), i32), mgpu.utils.getelementptr(order, [first], i32), alignment=_VECTOR * 4)
+            for i in range(_VECTOR):
+                other = vector.extract(four, [], [i])
+                longer = arith.cmpi(arith.CmpIPredicate.sgt, other, length)
+                earlier = arith.cmpi(arith.CmpIPredicate.sgt, thread, mgpu.c(first + i, i32))
+                as_long = arith.andi(arith.cmpi(arith.CmpIPredicate.eq, other, length), earlier)
+                before = arith.addi(before, arith.extui(i32, arith.ori(longer, as_long)))
+        for i, place in enumerate(places):
+            with mgpu.utils.when(arith.andi(is_row, arith.cmpi(arith.CmpIPredicate.eq, before, place.registers.item()))):
+                llvm.store(thread, mgpu.utils.getelementptr(order, [THREADS + i], i32))
+        mgpu.utils.warpgroup_barrier()
+        rows = [llvm.load(i32, mgpu.utils.getelementptr(order, [THREADS + i], i32)) for i in range(len(places))]
+        return tuple(mgpu.FragmentedArray.splat(row, (), is_signed=True) for row in rows)
+
+    return run(lengths_ref, order_ref, *places)
+
+
+def prefetch(ref):
+    """Asks for a part [rows, columns] of an array in memory to be brought into the L2."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_, ref):
+        i32 = ir.IntegerType.get_signless(32)
+        (rows, columns), (strides, _) = ref.type.shape, ref.type.get_strides_and_offset()
+        thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
+        lines, first = columns * 2 // 128, mgpu.utils.memref_ptr(ref)
+        for i in range(0, rows * lines, THREADS):
+            line = arith.addi(thread, mgpu.c(i, i32))
+            row, column = arith.divui(line, mgpu.c(lines, i32)), arith.remui(line, mgpu.c(lines, i32))
+            at = arith.addi(arith.muli(row, mgpu.c(strides[0], i32)), arith.muli(column, mgpu.c(64, i32)))
+            address = mgpu.utils.getelementptr(first, [at], ir.BF16Type.get())
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [address], "prefetch.global.L2 [$0];", "l", has_side_effects=True)
+
+    run(ref)
+
+
 def uniform_range(blocks: BlockRange, offset=0) -> BlockRange:
     """The same blocks, `uniform`, and counted from another number on."""
     return BlockRange(*(uniform(at + offset) for at in (blocks.start, blocks.unmasked_start, blocks.unmasked_stop, blocks.stop)))
@@ -86,10 +141,11 @@ def seen(shape, first_row, first_column, lengths, band: Band, group: int = 1):
     return inside if band.left is None else inside & (columns >= over_columns(first - first_column, shape[1]))
 
 
-def update(scores, running_max, row_sum, log2_scale: float, dtype):
+def update(scores, running_max, row_sum, log2_scale: float, dtype, real_rows: int = ROWS):
     """`online_softmax.update` but for the products: (probabilities in `dtype`, running_max, row_sum, rescale).
 
-    scores: float32[64, keys], the other two float32[64]. row_sum is a thread's own: `quad_sum` closes it.
+    scores: float32[64, keys], the other two float32[64]. row_sum is a thread's own: `quad_sum` closes it. Only the first real_rows
+    rows matter: where those are eight at most, half of the numbers of each thread need not be computed.
     """
     tile = plgpu.ShapeDtypeStruct(scores.shape, dtype, layout=TILE)
     row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)
@@ -98,8 +154,8 @@ def update(scores, running_max, row_sum, log2_scale: float, dtype):
     def run(_, scores, running_max, row_sum):
         of_row = lanes.by_row(scores)
         results = [
-            _update_row(*arguments, log2_scale)
-            for arguments in zip(of_row, lanes.numbers_of(running_max), lanes.numbers_of(row_sum), strict=True)
+            _update_row(*arguments, log2_scale) if 8 * i < real_rows else _nothing_new(*arguments)
+            for i, arguments in enumerate(zip(of_row, lanes.numbers_of(running_max), lanes.numbers_of(row_sum), strict=True))
         ]
         probabilities, *rows = zip(*results, strict=True)
         tile = lanes.like(scores, lanes.from_rows(scores, probabilities)).astype(mgpu.dialect_lowering.utils.dtype_to_ir_type(dtype))
@@ -115,6 +171,11 @@ def _update_row(scores, running_max, row_sum, log2_scale: float):
     p = lanes.weights_of(scores, new_max, log2_scale)
     row_sum = lanes.asm("mul.f32 x, $1, $2; add.f32 $0, x, $3;", row_sum, rescale, lanes.sum_of(p))
     return p, new_max, row_sum, rescale
+
+
+def _nothing_new(scores, running_max, row_sum):
+    zero, one = (mgpu.c(x, ir.F32Type.get()) for x in (0.0, 1.0))
+    return [(zero, zero) for _ in scores], running_max, row_sum, one
 
 
 def rescale(old_max, new_max):
