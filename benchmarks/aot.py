@@ -266,6 +266,8 @@ MOSAIC_KINDS = {
     # Of a cluster's programs each fills a multiprocessor, or half of one.
     "decode": KINDS["decode of one row"] | dict(S=5000),
     "decode of some rows": KINDS["decode"] | dict(B=8, query_seq_lengths=(1,) * 8, key_value_seq_lengths=(5000,) * 8),
+    "decode of many rows": KINDS["decode"],  # a program for each split
+    "decode of many rows, everything": KINDS["decode"] | dict(local_window_size=(3000, 0), logits_soft_cap=30.0),
 }
 # The bytes that a Mosaic GPU kernel of a head dim may spill, stored and loaded, by the kind of call. Behind them what ptxas
 # 13.5.37 makes of it today, with jax 0.11.2: the limit is that, rounded up to a hundred.
@@ -282,8 +284,10 @@ MOSAIC_SPILLS = {
     ("dq", 64): dict(causal=0, full=0, padded=0, everything=100),  # 0, 0, 0, 40
     ("dq", 128): dict(causal=0, full=100, padded=0, everything=100),  # 0, 8, 0, 28
     ("dq", 256): dict(causal=200, full=200, padded=200, everything=300),  # 108, 108, 112, 288
-    **{("decode", H): {"decode": 0, "decode of some rows": 0} for H in (64, 128)},
-    ("decode", 256): {"decode": 0},  # some rows are for the Triton kernels
+    # What is missing here is for the Triton kernels.
+    ("decode", 64): {"decode": 0, "decode of some rows": 0},
+    ("decode", 128): {"decode": 0, "decode of some rows": 0, "decode of many rows": 0, "decode of many rows, everything": 0},
+    ("decode", 256): {"decode": 0},
 }
 MOSAIC_HEAD_DIMS = (64, 128, 256)
 
@@ -380,10 +384,11 @@ class MosaicJob(Job):
         """Whether a multiprocessor holds the decode kernel's programs that its plan counts on; "" it does."""
         if not self.is_decode:
             return ""
-        from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+        from flashcore_jax.kernels.mosaic_gpu import decode, splits
 
         problem, gpu = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size), gpu_of(self.gpu)
-        at_once = plan_for(problem, gpu).at_once
+        plan = decode.plan_for(problem, gpu)
+        at_once = plan.at_once if plan else splits.AT_ONCE
         registers = -(-facts["registers"] // 8) * 8 * facts["threads"]  # which are given in eights
         fits = at_once * registers <= 65536 and at_once * (facts["shared_memory"] + 1024) <= gpu.shared_memory + 1024
         return "" if fits else f"a multiprocessor does not hold {at_once} programs"

@@ -28,7 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flashcore_jax import logits, masks, online_softmax, rows
-from flashcore_jax.kernels.mosaic_gpu import backward, decode, forward, fragments, registers, schedule
+from flashcore_jax.kernels.mosaic_gpu import backward, decode, forward, fragments, registers, schedule, splits
+from flashcore_jax.kernels.triton import blocks
+from flashcore_jax.kernels.triton import decode as cuts
 
 SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # bytes, and numbers of 32 bits, of a multiprocessor
 
@@ -382,7 +384,9 @@ def _finished(product: _InFlight, wait_n: int):
     return product.value
 
 
-def _update(scores, running_max, row_sum, log2_scale: float, dtype):
+def _update(scores, running_max, row_sum, log2_scale: float, dtype, real_rows: int = schedule.ROWS):
+    if real_rows <= 8:  # of a warp's 16 rows the second eight lie beside them, in the same threads
+        scores = np.where(np.arange(len(scores))[:, None] % 16 < 8, scores, np.nan)
     row_sum = np.zeros((*row_sum.shape, 2, 2), np.float32) if row_sum.ndim == 1 else row_sum  # of nothing yet: in four parts from here on
     weights = []
     before = online_softmax.Partial((), row_sum, running_max)
@@ -414,6 +418,11 @@ def _clear_rows(ref: Ref, first, stop):
 
 def _over_columns(row, columns: int):
     return np.broadcast_to(row[:, None], (len(row), columns))
+
+
+def _by_length(lengths_ref: Ref, order_ref: Ref, place: int):
+    order_ref[...] = np.argsort(-lengths_ref[...], kind="stable")[place]
+    return order_ref[...][0]
 
 
 def _meet():
@@ -496,6 +505,7 @@ _INSTRUCTIONS = {
     registers: dict(
         over_columns=_over_columns,
         uniform=lambda x: x,
+        by_length=_by_length,
         update=_update,
         rescale=lambda old, new: np.exp2(old - new),
         quad_sum=_quad_sum,
@@ -528,6 +538,7 @@ _INSTRUCTIONS = {
     ),
     forward: dict(over_columns=_over_columns),
     decode: dict(over_columns=_over_columns),
+    splits: dict(over_columns=_over_columns),
     pl: dict(run_scoped=_run_scoped, when=lambda condition: lambda run: run() if condition else None),
 }
 
@@ -556,6 +567,10 @@ class _Lax:
         return np.broadcast_to(x[:, None] if axes == (0,) else x, shape)
 
     @staticmethod
+    def cond(condition, yes, no):
+        return yes() if condition else no()
+
+    @staticmethod
     def fori_loop(start, stop, run, carry):
         for i in range(start, stop):
             carry = run(np.int32(i), carry)
@@ -578,15 +593,15 @@ def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int,
     return tuple(jnp.asarray(x.data) for x in outputs)
 
 
-_MODULES = (backward, decode, forward, logits, masks, online_softmax, registers, rows, schedule)
+_MODULES = (backward, blocks, cuts, decode, forward, logits, masks, online_softmax, registers, rows, schedule, splits)
 
 
 def install(monkeypatch, order):
-    """From here on `forward.forward`, `backward.backward` and `decode.decode` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
+    """From here on `forward.forward`, `backward.backward`, `decode.decode` and `splits.decode` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
     for module, replaced in _INSTRUCTIONS.items():
         for name, instead in replaced.items():
             monkeypatch.setattr(module, name, instead)
-    for module in (forward, backward, decode):
+    for module in (forward, backward, decode, splits):
         monkeypatch.setattr(module, "launch", functools.partial(_launch, order))
 
 

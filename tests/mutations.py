@@ -42,6 +42,10 @@ def _clusters(case: str) -> str:
     return f"tests/test_mosaic_simulated.py::test_decode[{case}]"
 
 
+def _by_splits(case: str) -> str:
+    return f"tests/test_mosaic_simulated.py::test_decode_by_splits[{case}]"
+
+
 def _sharing(case: str) -> str:
     return f"{_CACHED}::test_programs_that_share_a_split_change_nothing[{case}]"
 
@@ -55,7 +59,7 @@ _CACHED = "tests/test_cached_attention.py"
 _CHUNKS = f"{_CACHED}::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _HOPPER, _HOPPER_BACKWARD = "kernels/mosaic_gpu/forward.py", "kernels/mosaic_gpu/backward.py"
-_CLUSTERS = "kernels/mosaic_gpu/decode.py"
+_CLUSTERS, _SPLITS = "kernels/mosaic_gpu/decode.py", "kernels/mosaic_gpu/splits.py"
 _DECODE, _APPEND, _LAUNCH = "kernels/triton/decode.py", "kernels/triton/append.py", "kernels/triton/launch.py"
 _BY_PARTS = "tests/test_products.py::test_attention_by_parts"
 
@@ -222,11 +226,11 @@ MUTATIONS = {
             Edit(
                 _HOPPER,
                 "            wait_for_values(block - 1)\n",
-                "            wait_for_values(block - 1)\n            plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])\n",
+                "            wait_for_values(block - 1)\n            leave_values(block - 1)\n",
             ),
             Edit(
                 _HOPPER,
-                "                registers.in_use(before)\n                plgpu.barrier_arrive(v_free.at[slot_of(block - 1)])\n",
+                "                registers.in_use(before)\n                leave_values(block - 1)\n",
                 "",
             ),
         ),
@@ -247,13 +251,7 @@ MUTATIONS = {
         (_simulated("splits, head dim 128-fetching first"),),
     ),
     "Hopper: blocks that others see are not let go": Mutation(
-        (
-            Edit(
-                _HOPPER,
-                "                    plgpu.barrier_wait(full.at[slot])\n                    plgpu.barrier_arrive(free.at[slot])",
-                "                    plgpu.barrier_wait(full.at[slot])",
-            ),
-        ),
+        (Edit(_HOPPER, "                    leave(free)(block)\n", ""),),
         (_simulated("causal-at random"),),
     ),
     "Hopper: warpgroups that a piece does not use write": Mutation(
@@ -284,11 +282,11 @@ MUTATIONS = {
     ),
     "Hopper: queries are let go before the last block's scores": Mutation(
         (
-            Edit(_HOPPER, "    plgpu.barrier_arrive(q_free.at[place])\n\n    def last", "    def last"),
+            Edit(_HOPPER, "    leave_queries()\n\n    def last", "    def last"),
             Edit(
                 _HOPPER,
-                "    no_acc, lowest, no_sum = _nothing(p)\n",
-                "    plgpu.barrier_arrive(q_free.at[place])\n    no_acc, lowest, no_sum = _nothing(p)\n",
+                "    no_acc, lowest, no_sum = nothing_yet(p)\n",
+                "    leave_queries()\n    no_acc, lowest, no_sum = nothing_yet(p)\n",
             ),
         ),
         (
@@ -297,7 +295,7 @@ MUTATIONS = {
         ),
     ),
     "Hopper: a tile without blocks keeps its queries": Mutation(
-        (Edit(_HOPPER, "            @pl.when(any_block == 0)", "            @pl.when(any_block < 0)"),),
+        (Edit(_HOPPER, "pl.when(any_block == 0)(leave", "pl.when(any_block < 0)(leave"),),
         (_simulated("splits, head dim 128-at random"),),
     ),
     "Hopper backward: blocks that were fetched ahead are fetched again": Mutation(
@@ -378,6 +376,30 @@ MUTATIONS = {
     "clusters: a query of the group is another's": Mutation(
         (Edit(_CLUSTERS, "lengths, p.band, p.G)\n", "lengths, p.band, 1)\n"),),
         (_clusters("splits-fetching first"),),
+    ),
+    "splits: a block is left out": Mutation(
+        (Edit(_SPLITS, "fetch(block - 1 + _STAGES, ref", "fetch(block + _STAGES, ref"),),
+        (_by_splits("splits"),),
+    ),
+    "splits: a block more is fetched": Mutation(
+        (Edit(_SPLITS, "(block - 1 + _STAGES < count)", "(block - 1 + _STAGES <= count)"),),
+        (_by_splits("splits"),),
+    ),
+    "splits: a query of the group is another's": Mutation(
+        (Edit(_SPLITS, "group=p.G, real_rows", "group=1, real_rows"),),
+        (_by_splits("a window that ends within a split, soft cap"),),
+    ),
+    "splits: eight rows are real": Mutation(
+        (Edit(_SPLITS, "real_rows=p.G", "real_rows=8"),),
+        (_by_splits("every row of the tile is real"),),
+    ),
+    "splits: all first splits are of the longest row": Mutation(
+        (Edit(_SPLITS, "(lengths_ref, order_smem, b)", "(lengths_ref, order_smem, 0 * b)"),),
+        (_by_splits("rows of other length"),),
+    ),
+    "splits: rows' numbers are those of another layer": Mutation(
+        (Edit(_SPLITS, "range(1, layers), ref[0, b]", "range(2, layers), ref[0, b]"),),
+        ("tests/test_mosaic_simulated.py::test_decode_by_splits_of_a_stacked_cache[3]",),
     ),
 }
 

@@ -108,6 +108,16 @@ DECODES = {
     "scale below 0": workload(1, 2048, 8, 2, B=1, scale=-0.3),
     "splits of 1024": workload(1, 4096, 32, 8, B=1, split_size=1024),
     "splits of 4096": workload(1, 5000, 32, 8, B=1, split_size=4096),
+    # A program for each split.
+    "many rows": workload(1, 5000, 32, 8, B=20),
+    "many rows, float16": workload(1, 4096, 32, 8, dtype="float16", B=20),
+    "many rows, one split": workload(1, 2048, 16, 16, B=20),
+    "many rows, three query heads of a key head": workload(1, 2504, 48, 16, B=10),
+    "many rows, 64 query heads of a key head": workload(1, 4096, 256, 4, B=20),
+    "many rows, window, soft cap": workload(1, 4096, 40, 4, B=36, local_window_size=(1300, 0), logits_soft_cap=5.0),
+    "more rows than are sorted": workload(1, 2504, 8, 2, B=130),
+    "many rows, scale below 0": workload(1, 2504, 32, 8, B=20, scale=-0.3),
+    "many rows, short splits": workload(1, 2048, 32, 8, B=12, split_size=256),
 }
 
 
@@ -122,7 +132,7 @@ def test_decode_has_the_bits_of_triton(name):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, length, fill):
-        lengths = jnp.full(w.B, length).at[-1].add(-(length // 3) * (w.B > 1))  # the last of several rows is shorter
+        lengths = jnp.full(w.B, length) - length // 7 * (jnp.arange(w.B) % 5)  # of several rows most are shorter
         beyond = jnp.arange(w.S)[:, None, None] >= lengths[:, None, None, None]
         poisoned = (jnp.where(beyond, fill, x) for x in (key, value))
         own = dict(query_seq_lengths=jnp.minimum(lengths, w.T), key_value_seq_lengths=lengths)

@@ -13,6 +13,7 @@ from flashcore_jax.problem import problem_of
 from flashcore_jax.rows import Rows, int32
 from flashcore_jax.testing import Oracle, Results, Workload, assert_right, inputs, oracle
 from flashcore_jax.tuning.gpus import gpu_of
+from flashcore_jax.tuning.tiles import tiles_for
 
 pytestmark = [pytest.mark.mosaic, pytest.mark.host]
 GPU = dataclasses.replace(gpu_of("NVIDIA H200"), multiprocessors=2)  # so that a program has several tiles
@@ -71,6 +72,25 @@ DECODES = {
         query_seq_lengths=(3, 2), key_value_seq_lengths=(2504, 1200),
     ),
     "head dims 128 and 256, scale below 0": workload(1, 1104, 2, 1, 128, Hv=256, scale=-0.2),
+}  # fmt: skip
+
+
+_MANY = {"is_causal": True, "query_seq_lengths": (1,) * 3}
+SPLITS = {
+    "one split": workload(1, 1032, 4, 1, 128, B=2, is_causal=True),
+    "splits": workload(1, 1400, 16, 2, 128, split_size=512),
+    "rows of other length": workload(1, 1304, 8, 2, 128, B=3, split_size=512, key_value_seq_lengths=(500, 1304, 1025), **_MANY),
+    "no keys, no query, one split": workload(
+        1, 1024, 3, 1, 128, B=3, is_causal=True, query_seq_lengths=(1, 1, 0), key_value_seq_lengths=(0, 65, 1024)
+    ),
+    "no keys, no query": workload(
+        1, 1024, 3, 1, 128, B=3, is_causal=True, split_size=256, query_seq_lengths=(1, 1, 0), key_value_seq_lengths=(0, 1, 1024)
+    ),
+    "every row of the tile is real": workload(1, 1032, 64, 1, 128, split_size=512, is_causal=True),
+    "a window that ends within a split, soft cap": workload(
+        1, 1304, 12, 1, 128, B=3, split_size=256, local_window_size=(400, 0), logits_soft_cap=5.0, key_value_seq_lengths=(300, 1304, 700), **_MANY
+    ),
+    "float16, scale below 0, splits of the call's own": workload(1, 1400, 2, 2, 128, "float16", split_size=None, scale=-0.2),
 }  # fmt: skip
 
 
@@ -161,6 +181,49 @@ def test_decode(simulated, name, order):
     out, lse = decode(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, plan)
     exact = oracle(arrays, **w.options)
     assert_right(Results(out, lse.swapaxes(1, 2), *without_gradients(exact)), exact)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_decode_by_splits(simulated, name):
+    """On a GPU of one multiprocessor, on which few rows are many."""
+    from flashcore_jax.kernels.mosaic_gpu import splits
+
+    w = SPLITS[name]
+    arrays, problem = poisoned(w)
+    gpu = dataclasses.replace(GPU, multiprocessors=1)
+    cut = splits.plan_for(problem, tiles_for(gpu, problem).decode, gpu)
+    assert cut, "the call must be for this kernel"
+    assert cut.short_last == (w.key_value_seq_lengths is not None and cut.splits * w.B * w.K > splits.AT_ONCE)
+    simulated("fetching first")
+    out, lse = splits.decode(*arrays[:3], Rows(*map(int32, w.lengths.values())), problem, cut)
+    exact = oracle(arrays, **w.options)
+    assert_right(Results(out, lse.swapaxes(1, 2), *without_gradients(exact)), exact)
+
+
+@pytest.mark.parametrize("layers", [3, 70])
+def test_decode_by_splits_of_a_stacked_cache(simulated, layers):
+    """A layer among others that are poisoned, rows of other fill, one that has overflowed."""
+    from flashcore_jax.kernels.mosaic_gpu import splits
+
+    w = workload(1, 1024, 4, 1, 128, B=3, is_causal=True, split_size=256, key_value_seq_lengths=(264, 1000, 140))
+    arrays = beyond_the_lengths(inputs(w), w, np.nan)
+    layer, gpu = layers - 2, dataclasses.replace(GPU, multiprocessors=1)
+    keys, values = (jnp.full((layers, *x.shape), jnp.nan, x.dtype).at[layer].set(x) for x in arrays[1:3])
+    rows = Rows(
+        key_length=jnp.zeros((layers, w.B), jnp.int32).at[layer].set(jnp.array(w.key_value_seq_lengths)),
+        overflowed=jnp.ones((layers, w.B), bool).at[layer, :2].set(False),
+        layer=jnp.array([layer]),
+    )
+    problem = problem_of(arrays.query, keys, values, is_causal=True, split_size=w.split_size, cached=True)
+    cut = splits.plan_for(problem, tiles_for(gpu, problem).decode, gpu)
+    assert cut.short_last
+    simulated("fetching first")
+    out, lse = splits.decode(arrays.query, keys, values, rows, problem, cut)
+    assert np.isnan(out[2]).all()
+    assert np.isnan(lse[2]).all()
+    exact = oracle(arrays, **w.options)
+    exact = Oracle(*(Results(*(x[:2] for x in part)) for part in exact))
+    assert_right(Results(out[:2], lse[:2].swapaxes(1, 2), *without_gradients(exact)), exact)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"local_window_size": (100, 30)}], ids=str)

@@ -162,25 +162,28 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             everyone, blocks = (registers.uniform_range(x, offset) for x in (everyone, blocks))
 
             def skip(block, _):
-                slot = remainder(block, stages)
                 for full, free in ((k_full, k_free), (v_full, v_free)):
-                    plgpu.barrier_wait(full.at[slot])
-                    plgpu.barrier_arrive(free.at[slot])
+                    plgpu.barrier_wait(full.at[remainder(block, stages)])
+                    leave(free)(block)
+
+            def leave(free):
+                return lambda block: plgpu.barrier_arrive(free.at[remainder(block, stages)])
+
+            def leave_queries():
+                plgpu.barrier_arrive(q_free.at[place])
 
             place = place_of(turn, warpgroup)
             plgpu.barrier_wait(q_full.at[place])
             lax.fori_loop(everyone.start, blocks.start, skip, None)
             run = functools.partial(
-                sum_of_blocks, place=place, q_smem=q_smem, q_free=q_free, k_smem=k_smem, v_smem=v_smem, barriers=(k_full, k_free, v_full, v_free), plan=plan, offset=offset,
-                first_query=first_query, lengths=lengths, blocks=blocks, total=total, problem=p,
+                sum_of, q_smem=q_smem, place=place, k_smem=k_smem, v_smem=v_smem, full=(k_full, v_full), leave=(leave_queries, leave(k_free), leave(v_free)),
+                first_query=first_query, lengths=lengths, blocks=blocks, offset=offset, total=total, addresses_stay=plan.addresses_stay, problem=p,
             )  # fmt: skip
             any_block = jnp.minimum(blocks.stop - blocks.start, 1)
             acc, running_max, row_sum = lax.fori_loop(jnp.int32(0), any_block, lambda *_: run(), nothing_yet(p))
             lax.fori_loop(blocks.stop, everyone.stop, skip, None)
 
-            @pl.when(any_block == 0)
-            def _():
-                plgpu.barrier_arrive(q_free.at[place])
+            pl.when(any_block == 0)(leave_queries)
 
             queries = first_query + registers.row_iota()
             factor, empty, nothing, lse = finish(running_max, row_sum, queries, lengths, row.overflowed)
@@ -210,23 +213,24 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
         plgpu.wait_smem_to_gmem(0)
 
 
-def sum_of_blocks(
-    *, place, q_smem, q_free, k_smem, v_smem, barriers, plan, offset, first_query, lengths, blocks, total, problem: Problem, group=1, leave=None, first_max=None, real_rows=ROWS
-):
-    """The sum over all blocks, at least one: (acc, running_max, row_sum). Frees the place of the queries.
+def sum_of(
+    *, q_smem, place, k_smem, v_smem, full, leave, first_query, lengths, blocks, offset, total, addresses_stay: bool, problem: Problem,
+    group: int = 1, real_rows: int = ROWS,
+):  # fmt: skip
+    """The sum over all blocks, at least one: (acc, running_max, row_sum).
 
-    group: so many of the tile's rows are one query.
-    leave: what is called with a block when its keys, and when its values, are no longer needed; by default their places are free."""
-    p, stages = problem, plan.stages
-    k_full, k_free, v_full, v_free = barriers
+    full: the barriers of keys and of values. leave: what is called when the queries, and a block's keys and its values, are needed no
+    longer. offset: what was added to the blocks' numbers, so that they tell a block's place. group: so many rows of the tile are one
+    query; of all rows the first real_rows matter.
+    """
+    p, stages = problem, k_smem.shape[0]
+    (k_full, v_full), (leave_queries, leave_keys, leave_values) = full, leave
     dtype = jnp.dtype(p.dtype)
     ever_masked = _ever_masked(p)
     scores_shape, out_shape = (ROWS, BLOCK), (ROWS, p.Hv)
 
     def slot_of(block):
         return remainder(block, stages)
-
-    leave_keys, leave_values, *refill = leave or (lambda block, free=free: plgpu.barrier_arrive(free.at[slot_of(block)]) for free in (k_free, v_free))
 
     def first_key_of(block):
         return (block - offset) * BLOCK
@@ -235,7 +239,7 @@ def sum_of_blocks(
 
     def multiply_keys(block):
         plgpu.barrier_wait(k_full.at[slot_of(block)])
-        return registers.inner_products(q_smem.at[stays if plan.addresses_stay else registers.uniform(place)], k_smem.at[slot_of(block)])
+        return registers.inner_products(q_smem.at[stays if addresses_stay else registers.uniform(place)], k_smem.at[slot_of(block)])
 
     def weigh(scores, block, running_max, row_sum, masked):
         scores, log2_scale = scores_of(scores, p.scale, p.logits_soft_cap, registers.tanh)
@@ -250,15 +254,12 @@ def sum_of_blocks(
             registers.clear((v_smem.at[slot_of(block)],), first_key_of(block), (0, lengths[1]))
 
     no_acc, lowest, no_sum = nothing_yet(p)
-    first_max = lowest if first_max is None else first_max
     if total is not None:
         per_split = p.split_size // BLOCK
         splits = quotient(blocks.start - offset, per_split), quotient(blocks.stop - offset + (per_split - 1), per_split)
     scores = registers.finished(multiply_keys(blocks.start), wait_n=0)
     leave_keys(blocks.start)
-    probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, first_max, no_sum, ever_masked)
-    for run in refill:
-        run(blocks.start)
+    probabilities, running_max, row_sum, _ = weigh(scores, blocks.start, lowest, no_sum, ever_masked)
 
     def multiply(block, acc, before, run):
         """Issues the product of a block's keys, and adds that of the probabilities `before`, of the last block, with its values.
@@ -273,8 +274,6 @@ def sum_of_blocks(
             leave_keys(block)
 
             def product():
-                for run in refill:
-                    run(block)
                 summed = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
                 registers.in_use(before)
                 leave_values(block - 1)
@@ -339,7 +338,7 @@ def sum_of_blocks(
         carry = walk(blocks.start + 1, jnp.minimum(blocks.stop, (splits[0] + 1) * per_split + offset), carry)
         carry = lax.fori_loop(splits[0] + 1, splits[1], add_split, (*carry, lowest, no_sum))
     acc, probabilities, running_max, row_sum, *of_total = carry
-    plgpu.barrier_arrive(q_free.at[place])
+    leave_queries()
 
     def last(acc_ref):
         wait_for_values(blocks.stop - 1)

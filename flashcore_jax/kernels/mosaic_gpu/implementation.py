@@ -1,8 +1,10 @@
-"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls, forward and backward, and decode of a few rows of the batch.
+"""Attention through Pallas's Mosaic GPU route, for Hopper: long calls, forward and backward, and decode of a token; of a few if rows are few.
 
 Everything else (other decode, short calls, sizes that are no multiple of 8, append) is the Triton kernels', whose bits the forward has.
 What needs the route is imported when it is known to be there.
 """
+
+import functools
 
 from flashcore_jax.kernels import triton
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK
@@ -46,18 +48,25 @@ def handed_on(problem: Problem) -> dict[str, str]:
         both = f"{size}one is below {_SHORTEST}"
     elif p.T % _ROWS or p.S % _ROWS:
         both = f"{size}one is no multiple of {_ROWS}"
-    forward = None if _plan_for_decode(p) else "few queries on many keys" if _suits_decode(p) else both
+    forward = None if _decode_for(p) else "few queries on many keys" if _suits_decode(p) else both
     if forward is None and not _has_its_blocks(p):
         forward = f"the tiles in force add up keys in other blocks than {BLOCK}"
     steps = {"forward": forward, "backward": both or unsupported(p)}
     return {step: why for step, why in steps.items() if why}
 
 
-def _plan_for_decode(problem: Problem):
-    """How this route's decode shares out the call, or None where it is for another kernel."""
-    from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+def _decode_for(problem: Problem):
+    """The decode of this route that suits the call, or None where it is for another kernel."""
+    from flashcore_jax.kernels.mosaic_gpu import decode, splits
 
-    return plan_for(problem, target_gpu()) if _suits_decode(problem) else None
+    if not _suits_decode(problem):
+        return None
+    gpu = target_gpu()
+    if plan := decode.plan_for(problem, gpu):
+        return functools.partial(decode.decode, plan=plan)
+    if cut := splits.plan_for(problem, tiles_for(gpu, problem).decode, gpu):
+        return functools.partial(splits.decode, cut=cut)
+    return None
 
 
 def _has_its_blocks(problem: Problem) -> bool:
@@ -70,10 +79,8 @@ def forward(query, key, value, rows: Rows, problem: Problem):
     """The output [B, T, N, Hv] and the natural log-sum-exp float32[B, N, T]."""
     if "forward" in handed_on(problem):
         return triton.forward(query, key, value, rows, problem)
-    if plan := _plan_for_decode(problem):
-        from flashcore_jax.kernels.mosaic_gpu.decode import decode
-
-        return decode(query, key, value, rows, problem, plan)
+    if decode := _decode_for(problem):
+        return decode(query, key, value, rows, problem)
     from flashcore_jax.kernels.mosaic_gpu.forward import forward
 
     return forward(query, key, value, rows, problem, target_gpu())

@@ -69,59 +69,45 @@ def uniform(x):
     return run(x)
 
 
-def by_length(lengths_ref, order_ref, places):
-    """The rows that come at two places when those with the most keys come first, of at most as many rows as threads: each thread compares
-    its row with all. lengths_ref: int32[B]; order_ref: int32[threads + 4] in shared memory."""
+def by_length(lengths_ref, order_ref, place):
+    """The row of the batch that comes at this place when those with the most keys come first: each thread compares its row with all.
+
+    lengths_ref: int32[B] in memory, of as many rows as threads at most; order_ref: int32[threads + 1] in shared memory.
+    """
     scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT), return_type=(scalar, scalar))
-    def run(_, lengths, order, *places):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=scalar)
+    def run(_, lengths, order, place):
         i32, (batch,) = ir.IntegerType.get_signless(32), lengths.type.shape
-        thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
-        lengths, order = (mgpu.utils.memref_ptr(ref) for ref in (lengths, order))
-        row = arith.minui(thread, mgpu.c(batch - 1, i32))
-        length = llvm.load(i32, mgpu.utils.getelementptr(lengths, [row], i32))
-        # Of rows with as many keys the first comes first.
-        is_row = arith.cmpi(arith.CmpIPredicate.slt, thread, mgpu.c(batch, i32))
-        length = arith.select(is_row, length, mgpu.c(-(1 << 31), i32))
-        llvm.store(length, mgpu.utils.getelementptr(order, [thread], i32))
+
+        def number(x):
+            return mgpu.c(x, i32)
+
+        def at(ref, index):
+            return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [index], i32)
+
+        thread = arith.andi(mgpu.utils.thread_idx(), number(THREADS - 1))
+        is_row = arith.cmpi(arith.CmpIPredicate.slt, thread, number(batch))
+        own = arith.select(is_row, llvm.load(i32, at(lengths, arith.minui(thread, number(batch - 1)))), number(-(1 << 31)))
+        llvm.store(own, at(order, thread))
         mgpu.utils.warpgroup_barrier()
-        before = mgpu.c(0, i32)
-        for first in range(0, batch, _VECTOR):
-            four = llvm.load(ir.VectorType.get((_VECTOR,), i32), mgpu.utils.getelementptr(order, [first], i32), alignment=_VECTOR * 4)
+        before = number(0)
+        for row in range(0, batch, _VECTOR):
+            four = llvm.load(ir.VectorType.get((_VECTOR,), i32), at(order, row), alignment=_VECTOR * 4)
             for i in range(_VECTOR):
                 other = vector.extract(four, [], [i])
-                longer = arith.cmpi(arith.CmpIPredicate.sgt, other, length)
-                earlier = arith.cmpi(arith.CmpIPredicate.sgt, thread, mgpu.c(first + i, i32))
-                as_long = arith.andi(arith.cmpi(arith.CmpIPredicate.eq, other, length), earlier)
-                before = arith.addi(before, arith.extui(i32, arith.ori(longer, as_long)))
-        for i, place in enumerate(places):
-            with mgpu.utils.when(arith.andi(is_row, arith.cmpi(arith.CmpIPredicate.eq, before, place.registers.item()))):
-                llvm.store(thread, mgpu.utils.getelementptr(order, [THREADS + i], i32))
+                longer = arith.cmpi(arith.CmpIPredicate.sgt, other, own)
+                # Of rows with as many keys the first comes first.
+                as_long = arith.cmpi(arith.CmpIPredicate.eq, other, own)
+                comes_before = arith.ori(longer, arith.andi(as_long, arith.cmpi(arith.CmpIPredicate.sgt, thread, number(row + i))))
+                before = arith.addi(before, arith.extui(i32, comes_before))
+        found = at(order, number(THREADS))
+        with mgpu.utils.when(arith.andi(is_row, arith.cmpi(arith.CmpIPredicate.eq, before, place.registers.item()))):
+            llvm.store(thread, found)
         mgpu.utils.warpgroup_barrier()
-        rows = [llvm.load(i32, mgpu.utils.getelementptr(order, [THREADS + i], i32)) for i in range(len(places))]
-        return tuple(mgpu.FragmentedArray.splat(row, (), is_signed=True) for row in rows)
+        return mgpu.FragmentedArray.splat(llvm.load(i32, found), (), is_signed=True)
 
-    return run(lengths_ref, order_ref, *places)
-
-
-def prefetch(ref):
-    """Asks for a part [rows, columns] of an array in memory to be brought into the L2."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def run(_, ref):
-        i32 = ir.IntegerType.get_signless(32)
-        (rows, columns), (strides, _) = ref.type.shape, ref.type.get_strides_and_offset()
-        thread = arith.andi(mgpu.utils.thread_idx(), mgpu.c(THREADS - 1, i32))
-        lines, first = columns * 2 // 128, mgpu.utils.memref_ptr(ref)
-        for i in range(0, rows * lines, THREADS):
-            line = arith.addi(thread, mgpu.c(i, i32))
-            row, column = arith.divui(line, mgpu.c(lines, i32)), arith.remui(line, mgpu.c(lines, i32))
-            at = arith.addi(arith.muli(row, mgpu.c(strides[0], i32)), arith.muli(column, mgpu.c(64, i32)))
-            address = mgpu.utils.getelementptr(first, [at], ir.BF16Type.get())
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [address], "prefetch.global.L2 [$0];", "l", has_side_effects=True)
-
-    run(ref)
+    return run(lengths_ref, order_ref, place)
 
 
 def uniform_range(blocks: BlockRange, offset=0) -> BlockRange:
@@ -144,8 +130,8 @@ def seen(shape, first_row, first_column, lengths, band: Band, group: int = 1):
 def update(scores, running_max, row_sum, log2_scale: float, dtype, real_rows: int = ROWS):
     """`online_softmax.update` but for the products: (probabilities in `dtype`, running_max, row_sum, rescale).
 
-    scores: float32[64, keys], the other two float32[64]. row_sum is a thread's own: `quad_sum` closes it. Only the first real_rows
-    rows matter: where those are eight at most, half of the numbers of each thread need not be computed.
+    scores: float32[64, keys], the other two float32[64]. row_sum is a thread's own: `quad_sum` closes it. Of all rows the first
+    real_rows matter: where those are eight, a thread has nothing to do for its second row.
     """
     tile = plgpu.ShapeDtypeStruct(scores.shape, dtype, layout=TILE)
     row = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW)
@@ -154,7 +140,7 @@ def update(scores, running_max, row_sum, log2_scale: float, dtype, real_rows: in
     def run(_, scores, running_max, row_sum):
         of_row = lanes.by_row(scores)
         results = [
-            _update_row(*arguments, log2_scale) if 8 * i < real_rows else _nothing_new(*arguments)
+            _update_row(*arguments, log2_scale) if i * 8 < real_rows else _leave_row(*arguments)
             for i, arguments in enumerate(zip(of_row, lanes.numbers_of(running_max), lanes.numbers_of(row_sum), strict=True))
         ]
         probabilities, *rows = zip(*results, strict=True)
@@ -173,9 +159,9 @@ def _update_row(scores, running_max, row_sum, log2_scale: float):
     return p, new_max, row_sum, rescale
 
 
-def _nothing_new(scores, running_max, row_sum):
+def _leave_row(scores, running_max, row_sum):
     zero, one = (mgpu.c(x, ir.F32Type.get()) for x in (0.0, 1.0))
-    return [(zero, zero) for _ in scores], running_max, row_sum, one
+    return [(zero, zero)] * len(scores), running_max, row_sum, one
 
 
 def rescale(old_max, new_max):
