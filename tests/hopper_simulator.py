@@ -118,6 +118,12 @@ class _At:
         return Ref(self.ref.data[found], self.ref.writers[found], tuple(missing))
 
 
+def _no_rest(part: Ref):
+    """What ends within eight rows of a tile must be all that there is of the array."""
+    if part.missing[-2] and part.data.shape[-2] > 8 and part.data.shape[-2] % 8:
+        raise Hazard(f"a tile of which the array has {part.data.shape[-2]} rows, no multiple of 8")
+
+
 class Barrier:
     def __init__(self, arrivals: int):
         self.needed, self.arrived, self.phase = arrivals, 0, 0
@@ -295,6 +301,8 @@ def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barrier):
         raise Hazard(f"{source.shape} to {target.shape}")
     if len(target.shape) == 1 and any(source.missing):
         raise Hazard("a vector beyond the array")
+    if len(target.shape) > 1:
+        _no_rest(source)
     barrier.land()
     numbers = source.read_by_engine()
     target.data[...] = np.nan
@@ -313,6 +321,8 @@ def _copy_smem_to_gmem(source: Ref, target: Ref):
         raise Hazard(f"{source.shape} to {target.shape}")
     if len(source.shape) == 1 and any(target.missing):
         raise Hazard("a vector beyond the array")
+    if len(source.shape) > 1:
+        _no_rest(target)
 
     def write(numbers):
         target.data[...] = numbers[tuple(slice(size) for size in target.data.shape)]

@@ -185,9 +185,9 @@ def test_explain_of_a_cache():
     """Traced for an H200: a prompt, a token for few rows and for many, four for many, a capacity that the copy engine cannot take; and what the call
     itself would raise."""
 
-    def explain(T, capacity=1024, layers=None, B=2, **options):
+    def explain(T, capacity=1024, layers=None, B=2, N=4, **options):
         cache = jax.eval_shape(lambda: flashcore_jax.KVCache.create(B, capacity, 2, 128, layers=layers))
-        arrays = [jax.ShapeDtypeStruct((B, T, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
+        arrays = [jax.ShapeDtypeStruct((B, T, heads, 128), jnp.bfloat16) for heads in (N, 2, 2)]
         return flashcore_jax.explain_with_kv_cache(*arrays, cache, **options)
 
     with traced_for("NVIDIA H200"):
@@ -196,6 +196,8 @@ def test_explain_of_a_cache():
         for B in (2, 64):
             assert "forward" not in explain(1, layers=3, layer=1, B=B).handed_on
         assert "few queries" in explain(4, layers=3, layer=1, B=64).handed_on["forward"]
+        assert "forward" not in explain(1, B=64, N=32).handed_on
+        assert "few queries" in explain(1, B=64, N=20).handed_on["forward"], "ten rows: the copy engine takes eight"
         assert "(a cache's S is its capacity) one is no multiple of 8" in explain(512, 1001).handed_on["forward"]
         assert explain(512, implementation="triton").implementation == "triton"
         with pytest.raises(OptionError, match="layer"):

@@ -18,7 +18,7 @@ def kernel(source, out, tile, vector, full, free, *, warpgroup, do):
     @pl.when(warpgroup() == 1)
     def _():
         plgpu.set_max_registers(240 if do == "registers" else 40, action="decrease")
-        rows = {"before the array": -8, "beyond the array": 96}.get(do, 0)
+        rows = {"before the array": -8, "beyond the array": 96, "ten rows of eight": 90}.get(do, 0)
         plgpu.copy_gmem_to_smem(source.at[pl.ds(rows, 64)], tile, full)
         if do == "nobody waits":
             plgpu.copy_gmem_to_smem(source.at[pl.ds(0, 64)], tile, full)
@@ -79,6 +79,7 @@ def test_beyond_the_array_a_tile_is_zero(run):
     [
         ("before the array", "begins 8 before the array"),
         ("a vector beyond the array", "a vector beyond the array"),
+        ("ten rows of eight", "no multiple of 8"),
         ("not committed", "has not been told"),
         ("overwritten", "was overwritten"),
         ("in flight", "ends with something in flight"),

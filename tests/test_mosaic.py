@@ -109,15 +109,15 @@ DECODES = {
     "splits of 1024": workload(1, 4096, 32, 8, B=1, split_size=1024),
     "splits of 4096": workload(1, 5000, 32, 8, B=1, split_size=4096),
     # A program for each split.
-    "many rows": workload(1, 5000, 32, 8, B=20),
-    "many rows, float16": workload(1, 4096, 32, 8, dtype="float16", B=20),
-    "many rows, one split": workload(1, 2048, 16, 16, B=20),
-    "many rows, three query heads of a key head": workload(1, 2504, 48, 16, B=10),
-    "many rows, 64 query heads of a key head": workload(1, 4096, 256, 4, B=20),
-    "many rows, window, soft cap": workload(1, 4096, 40, 4, B=36, local_window_size=(1300, 0), logits_soft_cap=5.0),
-    "more rows than are sorted": workload(1, 2504, 8, 2, B=130),
-    "many rows, scale below 0": workload(1, 2504, 32, 8, B=20, scale=-0.3),
-    "many rows, short splits": workload(1, 2048, 32, 8, B=12, split_size=256),
+    "many rows": workload(1, 2504, 64, 16, B=9),
+    "many rows, float16": workload(1, 3000, 64, 16, dtype="float16", B=9),
+    "many rows, one split": workload(1, 1032, 16, 16, B=20),
+    "many rows, three query heads of a key head": workload(1, 2304, 48, 16, B=9),
+    "many rows, 64 query heads of a key head": workload(1, 2304, 256, 4, B=9),
+    "many rows, window, soft cap": workload(1, 2304, 64, 4, B=10, split_size=256, local_window_size=(1300, 0), logits_soft_cap=5.0),
+    "more rows than are sorted": workload(1, 2112, 4, 1, B=135),
+    "many rows, scale below 0": workload(1, 2304, 32, 16, B=9, scale=-0.3),
+    "many rows, short splits": workload(1, 1104, 32, 8, B=8, split_size=256),
 }
 
 

@@ -88,7 +88,7 @@ SPLITS = {
     ),
     "every row of the tile is real": workload(1, 1032, 64, 1, 128, split_size=512, is_causal=True),
     "a window that ends within a split, soft cap": workload(
-        1, 1304, 12, 1, 128, B=3, split_size=256, local_window_size=(400, 0), logits_soft_cap=5.0, key_value_seq_lengths=(300, 1304, 700), **_MANY
+        1, 1304, 16, 1, 128, B=3, split_size=256, local_window_size=(400, 0), logits_soft_cap=5.0, key_value_seq_lengths=(300, 1304, 700), **_MANY
     ),
     "float16, scale below 0, splits of the call's own": workload(1, 1400, 2, 2, 128, "float16", split_size=None, scale=-0.2),
 }  # fmt: skip

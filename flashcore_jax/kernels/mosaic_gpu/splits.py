@@ -34,13 +34,16 @@ AT_ONCE = 2  # programs of a multiprocessor
 _STAGES = 3  # blocks of keys, and of values, in shared memory
 _SHORTEST = 1024  # keys
 _MOST_LAYERS = 64  # whose rows' numbers are all loaded
-_TILE_ROWS = 8  # the copy engine writes so many rows of a tile at a time
+_ENGINE_ROWS = 8
 
 
 def plan_for(problem: Problem, tile: Tile, gpu: Gpu) -> Cut | None:
     """How a call is cut into programs, or None where it is not for this kernel. (At head dim 64 it takes as long as the Triton kernel.)"""
     p = problem
-    if p.T > 1 or p.G > ROWS or (p.H, p.Hv) != (128, 128) or p.S < _SHORTEST or p.S % 8:  # the copy engine takes 8 keys at a time
+    if p.T > 1 or (p.H, p.Hv) != (128, 128) or p.S < _SHORTEST:
+        return None
+    # The copy engine takes eight rows at a time, and finds them in arrays of fewer or of a multiple.
+    if p.S % _ENGINE_ROWS or p.G > ROWS or (p.G > _ENGINE_ROWS and p.G % _ENGINE_ROWS):
         return None
     cut = cut_for(p, tile, gpu.multiprocessors)
     return cut if cut.parts == 1 and tile.block_k == BLOCK else None
@@ -76,7 +79,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, cut: Cut, programs: Pr
         blocks = dataclasses.replace(blocks, start=start, stop=jnp.maximum(start, stop))
     count = registers.uniform(blocks.stop - blocks.start)
     # Of arrays as many rows too, though they may have fewer: the copy engine knows where one ends. (As a number jax 0.12 would not take it.)
-    real = round_up(p.G, _TILE_ROWS)
+    real = round_up(p.G, _ENGINE_ROWS)
     of_tile, of_array = pl.ds(0, real), pl.ds(0 * program, real)
 
     def fetch(block, ref, smem, full):
