@@ -384,10 +384,10 @@ class MosaicJob(Job):
         """Whether a multiprocessor holds the decode kernel's programs that its plan counts on; "" it does."""
         if not self.is_decode:
             return ""
-        from flashcore_jax.kernels.mosaic_gpu import decode, splits
+        from flashcore_jax.kernels.mosaic_gpu import clusters, splits
 
         problem, gpu = problem_of(*self.inputs[:3], **self.workload.options, split_size=self.workload.split_size), gpu_of(self.gpu)
-        plan = decode.plan_for(problem, gpu)
+        plan = clusters.plan_for(problem, gpu)
         at_once = plan.at_once if plan else splits.AT_ONCE
         registers = -(-facts["registers"] // 8) * 8 * facts["threads"]  # which are given in eights
         fits = at_once * registers <= 65536 and at_once * (facts["shared_memory"] + 1024) <= gpu.shared_memory + 1024

@@ -28,9 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flashcore_jax import logits, masks, online_softmax, rows
-from flashcore_jax.kernels.mosaic_gpu import backward, decode, forward, fragments, registers, schedule, splits
-from flashcore_jax.kernels.triton import blocks
-from flashcore_jax.kernels.triton import decode as cuts
+from flashcore_jax.kernels.mosaic_gpu import backward, clusters, forward, fragments, registers, schedule, splits
+from flashcore_jax.kernels.triton import blocks, decode
 
 SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # bytes, and numbers of 32 bits, of a multiprocessor
 
@@ -547,7 +546,7 @@ _INSTRUCTIONS = {
         wgmma_accumulator_load=_wgmma_accumulator_load,
     ),
     forward: dict(over_columns=_over_columns),
-    decode: dict(over_columns=_over_columns),
+    clusters: dict(over_columns=_over_columns),
     splits: dict(over_columns=_over_columns),
     pl: dict(run_scoped=_run_scoped, when=lambda condition: lambda run: run() if condition else None),
 }
@@ -603,15 +602,15 @@ def _launch(order, kernel, *operands, name: str, programs: int, warpgroups: int,
     return tuple(jnp.asarray(x.data) for x in outputs)
 
 
-_MODULES = (backward, blocks, cuts, decode, forward, logits, masks, online_softmax, registers, rows, schedule, splits)
+_MODULES = (backward, blocks, clusters, decode, forward, logits, masks, online_softmax, registers, rows, schedule, splits)
 
 
 def install(monkeypatch, order):
-    """From here on `forward.forward`, `backward.backward`, `decode.decode` and `splits.decode` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
+    """From here on `forward.forward`, `backward.backward`, `clusters.decode` and `splits.decode` of the Mosaic GPU kernels run here, in an order of `ORDERS`."""
     for module, replaced in _INSTRUCTIONS.items():
         for name, instead in replaced.items():
             monkeypatch.setattr(module, name, instead)
-    for module in (forward, backward, decode, splits):
+    for module in (forward, backward, clusters, splits):
         monkeypatch.setattr(module, "launch", functools.partial(_launch, order))
 
 

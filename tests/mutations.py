@@ -59,7 +59,7 @@ _CACHED = "tests/test_cached_attention.py"
 _CHUNKS = f"{_CACHED}::test_prefill_and_decode_is_the_whole[triton]"
 _FORWARD, _BACKWARD = "kernels/triton/forward.py", "kernels/triton/backward.py"
 _HOPPER, _HOPPER_BACKWARD = "kernels/mosaic_gpu/forward.py", "kernels/mosaic_gpu/backward.py"
-_CLUSTERS, _SPLITS = "kernels/mosaic_gpu/decode.py", "kernels/mosaic_gpu/splits.py"
+_CLUSTERS, _SPLITS = "kernels/mosaic_gpu/clusters.py", "kernels/mosaic_gpu/splits.py"
 _DECODE, _APPEND, _LAUNCH = "kernels/triton/decode.py", "kernels/triton/append.py", "kernels/triton/launch.py"
 _BY_PARTS = "tests/test_products.py::test_attention_by_parts"
 

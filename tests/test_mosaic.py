@@ -150,7 +150,7 @@ def test_decode_has_the_bits_of_triton(name):
 def test_clusters_of_a_decode_are_resident_together(B, T, H):
     """By the H100's own count (cudaOccupancyMaxActiveClusters): clusters of 8 and 4 programs, one or two a multiprocessor. One more would
     wait for all others."""
-    from flashcore_jax.kernels.mosaic_gpu.decode import plan_for
+    from flashcore_jax.kernels.mosaic_gpu.clusters import plan_for
 
     resident = {(8, 1): 15, (4, 1): 30, (8, 2): 30, (4, 2): 62}
     for S in (1024, 2048, 5000, 8192):

@@ -169,7 +169,7 @@ def test_rows_of_two_tiles_have_the_same_bits(simulated):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", DECODES)
 def test_decode(simulated, name, order):
-    from flashcore_jax.kernels.mosaic_gpu.decode import decode, plan_for
+    from flashcore_jax.kernels.mosaic_gpu.clusters import decode, plan_for
 
     w = DECODES[name]
     arrays, problem = poisoned(w)

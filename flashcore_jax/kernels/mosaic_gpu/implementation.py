@@ -57,13 +57,13 @@ def handed_on(problem: Problem) -> dict[str, str]:
 
 def _decode_for(problem: Problem):
     """The decode of this route that suits the call, or None where it is for another kernel."""
-    from flashcore_jax.kernels.mosaic_gpu import decode, splits
+    from flashcore_jax.kernels.mosaic_gpu import clusters, splits
 
     if not _suits_decode(problem):
         return None
     gpu = target_gpu()
-    if plan := decode.plan_for(problem, gpu):
-        return functools.partial(decode.decode, plan=plan)
+    if plan := clusters.plan_for(problem, gpu):
+        return functools.partial(clusters.decode, plan=plan)
     if cut := splits.plan_for(problem, tiles_for(gpu, problem).decode, gpu):
         return functools.partial(splits.decode, cut=cut)
     return None
