@@ -231,7 +231,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
                 for smem, ref in zip(statistics_smem, out_refs[1:], strict=True):
                     plgpu.copy_smem_to_gmem(smem.at[real], ref.at[at])
 
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def decode(query, key, value, rows: Rows, problem: Problem, plan: Plan):
