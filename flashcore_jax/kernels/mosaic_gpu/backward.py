@@ -232,7 +232,6 @@ def _dkdv_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *re
             return fetched + p.G * count
 
         schedule.for_turns(table_ref, program, compute_tile)
-        plgpu.wait_smem_to_gmem(0)
 
     stays = registers.uniform(warpgroup)
 
@@ -405,7 +404,6 @@ def _dq_kernel(table_ref, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs
             return fetched + (everyone.stop - everyone.start)
 
         schedule.for_turns(table_ref, program, compute_tile)
-        plgpu.wait_smem_to_gmem(0)
 
 
 def backward(query, key, value, rows: Rows, out, lse, dout, dlse, problem: Problem, gpu: Gpu):

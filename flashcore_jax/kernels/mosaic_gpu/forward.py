@@ -210,7 +210,7 @@ def _kernel(table_ref, q_ref, k_ref, v_ref, *refs, problem: Problem, schedule: S
             return everyone.stop
 
         schedule.for_turns(table_ref, program, compute_tile)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def sum_of(
