@@ -147,8 +147,16 @@ MUTATIONS = {
         (*_contract("one query, causal, three splits"), _HEADS),
     ),
     "the last split not merged": Mutation(
-        (Edit(_DECODE, "exist & (split < end), (b", "exist & (split < end - 1), (b"),),
+        (Edit(_DECODE, "(first <= split) & (split < end)", "(first <= split) & (split < end - 1)"),),
         (*_contract("one query, causal, three splits"), _CHUNKS),
+    ),
+    "splits before the window merged": Mutation(
+        (Edit(_DECODE, "(first <= split) & (split < end)", "(split < end)"),),
+        (_sharing("lengths, window, soft cap"),),
+    ),
+    "the last of many splits not merged": Mutation(
+        (Edit(_DECODE, "exist & (split < end), (b", "exist & (split < end - 1), (b"),),
+        ("tests/test_cached_semantics.py::test_more_splits_than_are_merged_at_once[triton]",),
     ),
     "scores computed first without a mask": Mutation(
         (Edit(_DECODE, "(block, masked=True)", "(block, masked=False)"),),

@@ -22,6 +22,7 @@ from flashcore_jax.kernels.mosaic_gpu.forward import finish
 from flashcore_jax.kernels.mosaic_gpu.launch import launch, shared
 from flashcore_jax.kernels.mosaic_gpu.registers import as_row, as_tile, over_columns
 from flashcore_jax.kernels.mosaic_gpu.schedule import BLOCK, ROWS
+from flashcore_jax.kernels.mosaic_gpu.splits import number_of
 from flashcore_jax.kernels.triton.decode import merge
 from flashcore_jax.kernels.triton.forward import part_of
 from flashcore_jax.logits import log2_scale_of, scores_of
@@ -98,22 +99,37 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
     program, member, warpgroup = (lax.axis_index(name) for name in ("program", "member", "warpgroup"))
     head, split = quotient(program, plan.splits), remainder(program, plan.splits)
     b, kv_head = quotient(head, p.K), remainder(head, p.K)
-    row = row_of(row_refs, p, b)
+    first, own_first = split * plan.per_split, member * plan.blocks
+    of_keys, of_values = pl.ds(0, BLOCK), pl.ds(0, _GROUP * BLOCK)  # of a place that has room for either
+    before = row_of(row_refs, p).before  # the layer, if there are any
+
+    def fetch_keys(block, slot):
+        """A block of the program's own."""
+        at = pl.ds((first + own_first + block) * BLOCK, BLOCK)
+        plgpu.copy_gmem_to_smem(k_ref.at[(*before, b, at, kv_head)], k_smem.at[slot, of_keys], full.at[slot])
+
+    at_first = min(plan.blocks, stages) if plan.splits == 1 else 0
+
+    @pl.when(warpgroup == plan.computing)
+    def _():
+        # Before the row's length is known: of one split there is little to fetch in vain.
+        for block in range(at_first):
+            fetch_keys(block, block)
+
+    row = row_of(row_refs, p, b, number_of)
     lengths = tuple(map(jnp.int32, row.lengths))
-    first = split * plan.per_split
     start, stop = part_of(visible_blocks(jnp.int32(0), p.T, *lengths, p.band, BLOCK), split, plan.per_split)
     # From here on blocks are counted from the split's first.
     start, stop = start - first, jnp.maximum(stop, start) - first
-    own_first = member * plan.blocks
     own_start, own_stop = (jnp.clip(at - own_first, 0, plan.blocks) for at in (start, stop))
     first_group = quotient(start, _GROUP)
     groups = jnp.where(start < stop, quotient(stop + (_GROUP - 1), _GROUP) - first_group, 0)
     # What a program fetches, in this order: its blocks of keys, then all groups of values.
-    keys = own_stop - own_start
+    fetch_start, fetch_stop = (jnp.int32(0), jnp.int32(plan.blocks)) if plan.splits == 1 else (own_start, own_stop)
+    keys = fetch_stop - fetch_start
     both = keys + groups
     # Of arrays as many rows too, though they may have fewer: the copy engine knows where one ends. (As a number jax 0.12 would not take it.)
     real, in_array = pl.ds(0, fragments.REAL_ROWS), pl.ds(0 * member, fragments.REAL_ROWS)
-    of_keys, of_values = pl.ds(0, BLOCK), pl.ds(0, _GROUP * BLOCK)  # of a place that has room for either
 
     def leave(number):
         """Frees a place, if it is wanted."""
@@ -133,21 +149,20 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
 
             @pl.when(number < keys)
             def _():
-                at = pl.ds((first + own_first + own_start + number) * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(k_ref.at[(*row.before, b, at, kv_head)], k_smem.at[slot, of_keys], full.at[slot])
+                fetch_keys(fetch_start + number, slot)
 
             @pl.when(number >= keys)
             def _():
                 at = pl.ds((first + (first_group + number - keys) * _GROUP) * BLOCK, _GROUP * BLOCK)
                 columns = pl.ds(member * plan.columns, plan.columns)
-                plgpu.copy_gmem_to_smem(v_ref.at[(*row.before, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[(*before, b, at, kv_head, columns)], v_smem.at[slot, of_values], full.at[slot])
 
         plgpu.copy_gmem_to_smem(q_ref.at[b, kv_head, in_array], q_smem.at[real], q_full)
-        before = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met
-        lax.fori_loop(jnp.int32(0), before, fetch, None)
+        at_once = jnp.minimum(keys + stages, both)  # the others need a place that values leave, after all have met
+        lax.fori_loop(jnp.int32(at_first), at_once, fetch, None)
         fragments.meet()
         fragments.meet()
-        lax.fori_loop(before, both, fetch, None)
+        lax.fori_loop(at_once, both, fetch, None)
 
     @pl.when(warpgroup < plan.computing)
     def _():
@@ -157,11 +172,12 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
             slot = remainder(number, stages)
             plgpu.barrier_wait(full.at[slot])
 
-            @pl.when(remainder(number, plan.computing) == warpgroup)
+            own = fetch_start + number
+
+            @pl.when((remainder(number, plan.computing) == warpgroup) & (own >= own_start) & (own < own_stop))
             def _():
                 products = registers.finished(registers.inner_products(q_smem, k_smem.at[slot, of_keys]), wait_n=0)
                 scores, log2_scale = scores_of(products, p.scale, p.logits_soft_cap, registers.tanh)
-                own = own_start + number
                 block = own_first + own
                 seen = registers.seen((ROWS, BLOCK), 0, (first + block) * BLOCK, lengths, p.band, p.G)
                 scores = jnp.where(seen, scores, -jnp.inf)

@@ -5,6 +5,8 @@ Of a tile of 64 rows whose first eight are real, a warpgroup's first warp holds 
 rescales what was summed up before. Fragments lie in shared memory as vectors, those of neighbouring lanes next to each other.
 """
 
+import math
+
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -73,7 +75,7 @@ def keep(scores_ref, highest_ref, scores, own, block, log2_scale: float, rows: i
 
 def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, member, start, stop, log2_scale: float, dtype, rows: int, programs: int):  # fmt: skip
     """Makes weights of all scores that a program has kept, of blocks in [start, stop), and writes them to the memory of every program of
-    the cluster. Each warp takes one block in turn. weights_ref: float32[blocks * size_of_weights(rows)]."""
+    the cluster. Each warp takes one block in turn, or a part of its programs. weights_ref: float32[blocks * size_of_weights(rows)]."""
     blocks = highest_ref.shape[1] - PAD
     own_blocks = blocks // programs
 
@@ -82,13 +84,16 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
         warpgroup, member, start, stop = (x.registers.item() for x in numbers)
         element_type = mgpu.dialect_lowering.utils.dtype_to_ir_type(jnp.dtype(dtype))
         lane, warps = arith.remui(_thread(), _i32(_WARP)), warpgroups * registers.THREADS // _WARP
+        # Warps without a block of their own take one over from others for some of the programs.
+        shares = math.gcd(max(warps // own_blocks, 1), programs)
         warp = arith.addi(arith.muli(warpgroup, _i32(registers.THREADS // _WARP)), arith.divui(_thread(), _i32(_WARP)))
         row, quad = arith.divui(lane, _i32(_QUAD)), arith.remui(lane, _i32(_QUAD))
         is_real = _below(lane, rows * _QUAD)
-        for first in range(0, own_blocks, warps):
-            own = arith.addi(warp, _i32(first))
+        for first in range(0, own_blocks * shares, warps):
+            job = arith.addi(warp, _i32(first))
+            own, share = arith.remui(job, _i32(own_blocks)), arith.divui(job, _i32(own_blocks))
             block = arith.addi(arith.muli(member, _i32(own_blocks)), own)
-            there = arith.andi(_below(own, own_blocks), arith.andi(_below(block, stop), _at_least(block, start)))
+            there = arith.andi(_below(job, own_blocks * shares), arith.andi(_below(block, stop), _at_least(block, start)))
             with mgpu.utils.when(there):
                 of_row = arith.minui(row, _i32(rows - 1))
                 before = _highest(highest_ref, of_row, quad, start, block)
@@ -102,8 +107,9 @@ def weigh(scores_ref, highest_ref, weights_ref, warpgroup, warpgroups: int, memb
                     rounded = arith.truncf(ir.VectorType.get((_SCORES,), element_type), _vector([x for pair in p for x in pair]))
                     words = _numbers(vector.bitcast(ir.VectorType.get((_WORDS,), ir.F32Type.get()), rounded))
                     at = arith.muli(block, _i32(size_of_weights(rows)))
-                    for program in range(programs):
-                        of_program = _element(mgpu.utils.get_cluster_ptr(mgpu.utils.memref_ptr(weights_ref), _i32(program)), at)
+                    for i in range(0, programs, shares):
+                        program = arith.addi(share, _i32(i))
+                        of_program = _element(mgpu.utils.get_cluster_ptr(mgpu.utils.memref_ptr(weights_ref), program), at)
                         *vectors, statistics = _vectors(of_program, lane, rows, _WORDS + 2)
                         for i, address in enumerate(vectors):
                             _store(words[_VECTOR * i : _VECTOR * (i + 1)], address)

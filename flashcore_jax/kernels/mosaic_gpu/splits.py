@@ -49,7 +49,7 @@ def plan_for(problem: Problem, tile: Tile, gpu: Gpu) -> Cut | None:
     return cut if cut.parts == 1 and tile.block_k == BLOCK else None
 
 
-def _number_of(ref, layer: tuple, b, layers: int | None):
+def number_of(ref, layer: tuple, b, layers: int | None):
     """Of row b: ref[layer, b], or ref[b] where there are no layers. Those of all layers are loaded: one alone would wait for its number."""
     if layers is None or layers > _MOST_LAYERS:
         return ref[(*layer, b)]
@@ -71,7 +71,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, cut: Cut, programs: Pr
             lengths_ref = lengths_ref.at[layer]
         b = lax.cond(split == 0, lambda: registers.by_length(lengths_ref, order_smem, b), lambda: b)
         plgpu.commit_smem()  # the queries will take the place of the order
-    row = row_of(row_refs, p, b, _number_of)
+    row = row_of(row_refs, p, b, number_of)
     lengths = tuple(map(jnp.int32, row.lengths))
     blocks = visible_blocks(jnp.int32(0), p.T, *lengths, p.band, BLOCK)
     if cut.splits > 1:

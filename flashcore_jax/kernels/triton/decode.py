@@ -33,6 +33,7 @@ from flashcore_jax.rows import Row, Rows, row_of
 from flashcore_jax.tuning.tiles import Tile, Tiles
 
 _MERGED_AT_ONCE = 32  # partial sums that are loaded before the first is added: their latencies overlap
+_MERGED_UNSEEN = 4  # that are loaded before the row's length is there, though it may have fewer
 _MERGING = Tile(0, 0, num_warps=4, num_stages=1)
 _LONG_CHAIN = 16  # blocks of a split, from which on it pays to compute the scores in a kernel of their own
 _CHAIN = dict(block_q=16, num_warps=4, num_stages=4)  # of the tile that finds its scores computed
@@ -218,11 +219,21 @@ def _merge_kernel(
         acc = load_chunks(acc_ref, hv, at, there)
         return online_softmax.Partial(acc, load(sum_ref, at, there), load(max_ref, at, there, fill=online_softmax.LOWEST))
 
+    def partial_if_any(split):
+        """What a row that has no such split may find there does not count."""
+        at, there = (b, jnp.int32(split), slice(None)), (first <= split) & (split < end)
+        acc, row_sum, running_max = load_chunks(acc_ref, hv, at, exist), load(sum_ref, at, exist), load(max_ref, at, exist)
+        acc = tuple(jnp.where(there, x, 0.0) for x in acc)
+        return online_softmax.Partial(acc, jnp.where(there, row_sum, 0.0), jnp.where(there, running_max, online_softmax.LOWEST))
+
     def add(group, total):
         return online_softmax.merge(total, *[partial(first + group * at_once + i) for i in range(at_once)], scaled_exp2=scaled_exp2)
 
     nothing = online_softmax.nothing((count,), tuple(c.width for c in hv))
-    total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
+    if splits <= _MERGED_UNSEEN:
+        total = online_softmax.merge(nothing, *map(partial_if_any, range(splits)), scaled_exp2=scaled_exp2)
+    else:
+        total = lax.fori_loop(jnp.int32(0), quotient(end - first + (at_once - 1), at_once), add, nothing)
     _store(total, (out_ref, lse_ref), hv, b, queries * p.N + kv_head * p.G + head, queries < row.lengths[0], exist, row)
 
 
