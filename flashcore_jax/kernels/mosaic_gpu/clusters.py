@@ -112,7 +112,7 @@ def _kernel(q_ref, k_ref, v_ref, *refs, problem: Problem, plan: Plan):
 
     @pl.when(warpgroup == plan.computing)
     def _():
-        # Before the row's length is known: of one split there is little to fetch in vain.
+        # Before the row's length is known. (What a short row loses by it has not been measured: docs/tuning.md.)
         for block in range(at_first):
             fetch_keys(block, block)
 
